@@ -1,0 +1,53 @@
+"""medseg: medical image segmentation, from a scan to contours.
+
+Public names load on first use, so ``import medseg`` takes milliseconds and pulls in no torch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Geometry": "volume",
+    "GeometryError": "volume",
+    "DicomError": "volume",
+    "Volume": "volume",
+    "LabelMap": "volume",
+    "Structure": "volume",
+    "read": "io",
+    "read_labels": "io",
+    "write": "io",
+    "list_series": "io",
+    "resample_to": "resample",
+    "reorient": "resample",
+    "crop": "resample",
+    "pad": "resample",
+    "straighten": "resample",
+    "load_dataset": "data",
+    "check": "data",
+    "Plan": "plan",
+    "make_plan": "plan",
+    "TrainConfig": "config",
+    "train": "training",
+    "predict": "inference",
+    "evaluate": "evaluation",
+    "refine": "crf",
+    "MODELS": "models",
+    "build_model": "models",
+    "write_report": "report",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(import_module(f"medseg.{_PUBLIC[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'medseg' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

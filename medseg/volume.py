@@ -1,0 +1,475 @@
+"""The data model: grids in patient space, images and label maps on them.
+
+Everything in medseg that has voxels is a :class:`Volume` (an image) or a :class:`LabelMap` (structures), and each lies
+on a :class:`Geometry`. All three are frozen values: operations return new ones. Index axes are ``i, j, k``; world
+coordinates are RAS+ millimetres (x grows to the patient's Right, y to the Anterior, z to the Superior), and an index names
+the *centre* of a voxel.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import permutations, product
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+
+__all__ = ["Code", "DicomError", "Geometry", "GeometryError", "LabelMap", "Structure", "Volume", "default_color"]
+
+Array = NDArray[Any]
+Shape = tuple[int, int, int]
+SKEW_TOLERANCE = 1e-4  # largest |cosine| between two axes of a grid that is still called straight
+
+
+class GeometryError(ValueError):
+    """Two grids do not fit, or a grid is not one that the operation can work on."""
+
+
+class DicomError(ValueError):
+    """A DICOM file or series is not what it must be."""
+
+
+def _frozen(array: Array) -> Array:
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Geometry
+
+
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """A grid of voxels in patient space.
+
+    Parameters
+    ----------
+    shape : (I, J, K)
+        Number of voxels along each index axis; a 2D image has K = 1.
+    affine : (4, 4) array of float64
+        Maps the index of a voxel centre ``(i, j, k, 1)`` to RAS+ millimetres.
+
+    Raises
+    ------
+    GeometryError
+        If the shape is not three positive integers, or the affine is not finite, not invertible, or not affine.
+
+    Examples
+    --------
+    >>> g = Geometry((4, 5, 6), np.diag([0.5, 0.5, 3.0, 1.0]))
+    >>> g.spacing, g.orientation
+    ((0.5, 0.5, 3.0), 'RAS')
+    """
+
+    shape: Shape
+    affine: Array
+
+    def __post_init__(self) -> None:
+        shape = tuple(int(n) for n in self.shape)
+        if len(shape) != 3 or min(shape) < 1:
+            raise GeometryError(f"shape of a grid must be three positive integers, got {tuple(self.shape)}")
+        affine = np.array(self.affine, dtype=np.float64)
+        if affine.shape != (4, 4) or not np.isfinite(affine).all():
+            raise GeometryError(f"affine of a grid must be a finite 4x4 matrix, got {affine.tolist()}")
+        if not np.allclose(affine[3], (0, 0, 0, 1), atol=1e-9):
+            raise GeometryError(f"last row of an affine must be 0 0 0 1, got {affine[3].tolist()}")
+        lengths = np.linalg.norm(affine[:3, :3], axis=0)
+        if min(lengths) == 0 or abs(np.linalg.det(affine[:3, :3] / np.where(lengths == 0, 1, lengths))) < 1e-6:
+            raise GeometryError(f"affine of a grid must be invertible, got {affine.tolist()}")
+        affine[3] = (0, 0, 0, 1)
+        object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "affine", _frozen(affine))
+
+    @classmethod
+    def from_parts(
+        cls, shape: Sequence[int], spacing: ArrayLike, origin: ArrayLike = (0, 0, 0), direction: ArrayLike | None = None
+    ) -> Geometry:
+        """Make a grid from spacing (mm), origin (RAS mm of voxel 0, 0, 0) and direction (3x3, unit columns)."""
+        affine = np.eye(4)
+        affine[:3, :3] = np.asarray(np.eye(3) if direction is None else direction) * np.asarray(spacing, float)
+        affine[:3, 3] = np.asarray(origin, float)
+        return cls(tuple(shape), affine)  # type: ignore[arg-type]
+
+    @cached_property
+    def spacing(self) -> tuple[float, float, float]:
+        """Distance (mm) between neighbouring voxel centres along i, j, k."""
+        a, b, c = np.linalg.norm(self.affine[:3, :3], axis=0).tolist()
+        return a, b, c
+
+    @property
+    def origin(self) -> tuple[float, float, float]:
+        """RAS+ position (mm) of the centre of voxel (0, 0, 0)."""
+        x, y, z = self.affine[:3, 3].tolist()
+        return x, y, z
+
+    @property
+    def direction(self) -> Array:
+        """(3, 3) array: column a is the unit vector, in RAS+, along which index axis a grows."""
+        return np.asarray(self.affine[:3, :3] / np.asarray(self.spacing))
+
+    @cached_property
+    def orientation(self) -> str:
+        """Three letters: where each index axis points, "RAS" for a grid aligned with the world axes."""
+        direction = self.direction
+        best = max(permutations(range(3)), key=lambda p: sum(abs(direction[p[a], a]) for a in range(3)))
+        return "".join("RAS"[w] if direction[w, a] > 0 else "LPI"[w] for a, w in enumerate(best))
+
+    @cached_property
+    def is_skewed(self) -> bool:
+        """Whether the axes are not at right angles (a gantry tilt, say)."""
+        direction = self.direction
+        return bool(np.abs(direction.T @ direction - np.eye(3)).max() > SKEW_TOLERANCE)
+
+    @property
+    def voxel_mm3(self) -> float:
+        """Volume of one voxel (mm3)."""
+        return float(abs(np.linalg.det(self.affine[:3, :3])))
+
+    @property
+    def corners(self) -> Array:
+        """(8, 3) RAS+ positions (mm) of the centres of the eight corner voxels, k fastest."""
+        return self.to_world(list(product(*((0, n - 1) for n in self.shape))))
+
+    def to_world(self, index: ArrayLike) -> Array:
+        """RAS+ positions (mm) of indices; both (..., 3)."""
+        return np.asarray(np.asarray(index, np.float64) @ self.affine[:3, :3].T + self.affine[:3, 3])
+
+    def to_index(self, world: ArrayLike) -> Array:
+        """Continuous indices of RAS+ positions (mm); both (..., 3)."""
+        inverse = np.linalg.inv(self.affine)
+        return np.asarray(np.asarray(world, np.float64) @ inverse[:3, :3].T + inverse[:3, 3])
+
+    def corner_distance(self, other: Geometry) -> float:
+        """Largest distance (mm) between corresponding corners; infinite when the shapes differ."""
+        if self.shape != other.shape:
+            return float("inf")
+        return float(np.linalg.norm(self.corners - other.corners, axis=1).max())
+
+    def is_close(self, other: Geometry, tolerance_mm: float = 0.01) -> bool:
+        """Whether both grids have one shape and no corner lies more than ``tolerance_mm`` apart."""
+        return self.corner_distance(other) <= tolerance_mm
+
+    def require_close(self, other: Geometry, what: str, tolerance_mm: float = 0.01) -> None:
+        """Raise a GeometryError that tells shapes and corner distance unless both grids are close.
+
+        ``what`` names both in the message: "label map and image of case_07".
+        """
+        if self.shape != other.shape:
+            raise GeometryError(
+                f"{what} must lie on the same grid, got shapes {self.shape} and {other.shape}; "
+                "resample one onto the other (medseg.resample_to)"
+            )
+        distance = self.corner_distance(other)
+        if distance > tolerance_mm:
+            raise GeometryError(
+                f"{what} must lie on the same grid, got corners up to {distance:.3f} mm apart; "
+                "resample one onto the other (medseg.resample_to)"
+            )
+
+    def require_straight(self, what: str) -> None:
+        """Raise a GeometryError when the grid is skewed."""
+        if self.is_skewed:
+            raise GeometryError(f"{what} must have axes at right angles, got a skewed grid; use medseg.straighten")
+
+    def cropped(self, start: Sequence[int], stop: Sequence[int]) -> Geometry:
+        """The grid of voxels ``start <= index < stop``; may reach beyond this grid (then it is padded)."""
+        shift = np.eye(4)
+        shift[:3, 3] = start
+        return Geometry(tuple(b - a for a, b in zip(start, stop, strict=True)), self.affine @ shift)  # type: ignore[arg-type]
+
+    def with_spacing(self, spacing: Sequence[float]) -> Geometry:
+        """A grid over exactly the same box (outer voxel faces stay in place) with about the spacing given (mm).
+
+        The number of voxels is rounded, so the spacing that results is ``old spacing * old shape / new shape``.
+        """
+        if min(spacing) <= 0 or not np.isfinite(spacing).all():
+            raise GeometryError(f"spacing must be positive, got {tuple(spacing)}")
+        old, target = np.asarray(self.shape), np.asarray(spacing, float)
+        shape = np.maximum(1, np.round(old * np.asarray(self.spacing) / target)).astype(int)
+        return self.with_shape(tuple(shape.tolist()))
+
+    def with_shape(self, shape: Sequence[int]) -> Geometry:
+        """A grid of the shape given over exactly the same box (outer voxel faces stay in place)."""
+        factor = np.asarray(self.shape) / np.asarray(shape)
+        scale = np.diag([*factor, 1.0])
+        scale[:3, 3] = (factor - 1) / 2
+        return Geometry(tuple(shape), self.affine @ scale)  # type: ignore[arg-type]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Geometry):
+            return NotImplemented
+        return self.shape == other.shape and bool(np.array_equal(self.affine, other.affine))
+
+    def __hash__(self) -> int:
+        return hash((self.shape, self.affine.tobytes()))
+
+    def __repr__(self) -> str:
+        shape, spacing = (" x ".join(f"{n:g}" for n in np.round(v, 4)) for v in (self.shape, self.spacing))
+        skewed = ", skewed" if self.is_skewed else ""
+        return f"Geometry({shape}, {spacing} mm, {self.orientation}{skewed})"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """An image: voxels of one or more channels on a grid.
+
+    Parameters
+    ----------
+    array : (C, I, J, K) or (I, J, K)
+        Voxels in the units of the file (HU for CT); a missing channel axis is added.
+    geometry : Geometry
+        The grid.
+    meta : mapping
+        What the reader knows beyond that. Keys in use: "modality" ("CT", "MR", ...), "path", "series_uid",
+        "frame_of_reference_uid", "description", "quirks" (tuple of sentences).
+    """
+
+    array: Array
+    geometry: Geometry
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        array = np.asarray(self.array)
+        if array.ndim == 3:
+            array = array[None]
+        if array.ndim != 4 or array.shape[1:] != self.geometry.shape:
+            raise GeometryError(
+                f"voxels must have the shape (C, {self.geometry.shape}) of their grid, got {array.shape}"
+            )
+        if not np.issubdtype(array.dtype, np.number) and array.dtype != bool:
+            raise TypeError(f"voxels must be numbers, got {array.dtype}")
+        object.__setattr__(self, "array", _frozen(array))
+        object.__setattr__(self, "meta", MappingProxyType(dict(self.meta)))
+
+    @property
+    def channels(self) -> int:
+        """Number of channels C."""
+        return int(self.array.shape[0])
+
+    @property
+    def modality(self) -> str:
+        """DICOM modality ("CT", "MR", ...) or "" where the file does not say."""
+        return str(self.meta.get("modality", ""))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        return np.array(self.array, dtype=dtype, copy=True) if copy else np.asarray(self.array, dtype=dtype)
+
+    def __repr__(self) -> str:
+        return f"Volume({self.array.dtype}, C={self.channels}, {self.geometry!r})"
+
+    def _repr_png_(self) -> bytes:
+        return _planes_png(np.asarray(self.array[0], np.float32), self.geometry)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Label maps
+
+
+class Code(NamedTuple):
+    """A coded concept: value, coding scheme ("SCT") and meaning."""
+
+    value: str
+    scheme: str
+    meaning: str
+
+
+_PALETTE = (
+    (230, 75, 60), (60, 150, 230), (75, 190, 90), (245, 190, 50), (155, 90, 200), (50, 195, 190), (240, 130, 180),
+    (150, 110, 70), (130, 200, 40), (90, 100, 220), (250, 140, 40), (120, 145, 160),
+)  # fmt: skip
+
+
+def default_color(number: int) -> tuple[int, int, int]:
+    """A distinct colour (R, G, B in 0..255) for the structure of this number."""
+    return _PALETTE[(number - 1) % len(_PALETTE)]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """One labelled structure: its number in the label map, name, colour and, where known, DICOM codes."""
+
+    number: int
+    name: str
+    color: tuple[int, int, int] = (-1, -1, -1)
+    category: Code | None = None
+    type: Code | None = None
+    region: Code | None = None
+    tracking_uid: str = ""
+
+    def __post_init__(self) -> None:
+        if self.number < 1:
+            raise ValueError(f"number of a structure must be at least 1, got {self.number} for {self.name!r}")
+        if self.color == (-1, -1, -1):
+            object.__setattr__(self, "color", default_color(self.number))
+
+
+@dataclass(frozen=True, eq=False)
+class LabelMap:
+    """Structures on a grid.
+
+    Parameters
+    ----------
+    array : (I, J, K) of integers, or (S, I, J, K) of bool or float
+        Either exclusive labels (0 is background, the others are numbers of structures), or one layer per structure, in
+        the order of ``structures``, where structures may overlap: bool masks, or probabilities in 0..1.
+    geometry : Geometry
+        The grid.
+    structures : sequence of Structure
+        Sorted by number for exclusive labels; made up from the values present ("label 3") when not given.
+    meta : mapping
+        As in :class:`Volume`.
+    """
+
+    array: Array
+    geometry: Geometry
+    structures: tuple[Structure, ...] = ()
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        array, structures = np.asarray(self.array), tuple(self.structures)
+        if array.shape[-3:] != self.geometry.shape or array.ndim not in (3, 4):
+            raise GeometryError(f"labels must have the shape {self.geometry.shape} of their grid, got {array.shape}")
+        if array.ndim == 3:
+            if array.dtype == bool:
+                array = array.view(np.uint8)
+            if not np.issubdtype(array.dtype, np.integer):
+                raise TypeError(f"labels must be integers, got {array.dtype}")
+            structures = structures or tuple(Structure(n, f"label {n}") for n in present_labels(array) if n > 0)
+            structures = tuple(sorted(structures, key=lambda s: s.number))
+        else:
+            structures = structures or tuple(Structure(n + 1, f"label {n + 1}") for n in range(len(array)))
+            if array.dtype != bool and not np.issubdtype(array.dtype, np.floating):
+                raise TypeError(f"layers must be bool or float, got {array.dtype}")
+            if len(structures) != len(array):
+                raise ValueError(f"layers must be one per structure, got {len(array)} for {len(structures)} structures")
+        numbers = [s.number for s in structures]
+        if len(set(numbers)) != len(numbers):
+            raise ValueError(f"structures must have distinct numbers, got {numbers}")
+        object.__setattr__(self, "array", _frozen(array))
+        object.__setattr__(self, "structures", structures)
+        object.__setattr__(self, "meta", MappingProxyType(dict(self.meta)))
+
+    @property
+    def is_layered(self) -> bool:
+        """Whether there is one layer per structure (which may overlap) instead of exclusive labels."""
+        return self.array.ndim == 4
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Name of each structure by its number."""
+        return {s.number: s.name for s in self.structures}
+
+    def structure(self, which: int | str) -> Structure:
+        """The structure of this number or name."""
+        for s in self.structures:
+            if which in (s.number, s.name):
+                return s
+        raise ValueError(f"structure must be one of {self.names}, got {which!r}")
+
+    def mask(self, which: int | str) -> Array:
+        """(I, J, K) bool mask of one structure, by number or name (a probability layer is cut at 0.5)."""
+        s = self.structure(which)
+        if not self.is_layered:
+            return np.asarray(self.array == s.number)
+        layer = self.array[self.structures.index(s)]
+        return layer if layer.dtype == bool else np.asarray(layer >= 0.5)
+
+    def exclusive(self) -> LabelMap:
+        """The same structures as exclusive labels.
+
+        Raises
+        ------
+        ValueError
+            If two structures share a voxel.
+        """
+        if not self.is_layered:
+            return self
+        largest = max((s.number for s in self.structures), default=0)
+        labels = np.zeros(
+            self.geometry.shape, np.uint8 if largest < 256 else np.uint16 if largest < 65536 else np.int32
+        )
+        for s in self.structures:
+            mask = self.mask(s.number)
+            taken = labels[mask]
+            if taken.any():
+                other = self.names[int(taken[taken > 0][0])]
+                raise ValueError(
+                    f"structures must not overlap in one label map, got {s.name!r} over {other!r}; "
+                    "write one mask per structure instead (--split)"
+                )
+            labels[mask] = s.number
+        return replace(self, array=labels)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        return np.array(self.array, dtype=dtype, copy=True) if copy else np.asarray(self.array, dtype=dtype)
+
+    def __repr__(self) -> str:
+        kind = f"{len(self.structures)} layers" if self.is_layered else f"{len(self.structures)} structures"
+        return f"LabelMap({self.array.dtype}, {kind}, {self.geometry!r})"
+
+    def _repr_png_(self) -> bytes:
+        if self.is_layered:
+            labels = np.zeros(self.geometry.shape, np.int32)
+            for s in self.structures:
+                labels[self.mask(s.number)] = s.number
+        else:
+            labels = self.array
+        colours = np.zeros((max([0, *self.names]) + 1, 3), np.uint8)
+        for s in self.structures:
+            colours[s.number] = s.color
+        return _planes_png(colours[np.clip(labels, 0, len(colours) - 1)], self.geometry)
+
+
+def present_labels(array: Array) -> list[int]:
+    """Sorted values of an integer array; marks instead of sorting where the range allows, O(voxels), a slab at a time."""
+    if array.size == 0:
+        return []
+    low, high = int(array.min()), int(array.max())
+    if low >= 0 and high < 1 << 20:
+        seen = np.zeros(high + 1, bool)
+        flat = array.ravel(order="K")
+        for start in range(0, flat.size, 1 << 20):
+            seen[flat[start : start + (1 << 20)]] = True
+        return [int(v) for v in np.flatnonzero(seen)]
+    return [int(v) for v in np.unique(array)]
+
+
+def _planes_png(array: Array, geometry: Geometry) -> bytes:
+    """PNG of the three middle planes, pixels square in mm; grey (I, J, K) or colour (I, J, K, 3) voxels."""
+    if array.ndim == 3:
+        low, high = np.nanpercentile(array[tuple(slice(None, None, max(1, n // 64)) for n in array.shape)], (0.5, 99.5))
+        array = np.uint8(255 * np.clip((np.nan_to_num(array) - low) / max(high - low, 1e-9), 0, 1))
+    middle, spacing, tiles = [n // 2 for n in geometry.shape], geometry.spacing, []
+    for axis in (2, 1, 0):
+        if geometry.shape[axis] > 1 and min(np.delete(geometry.shape, axis)) == 1:
+            continue  # an edge-on view of a single slice shows nothing
+        across, down = (a for a in range(3) if a != axis)
+        plane = np.flip(np.moveaxis(np.take(array, middle[axis], axis), 0, 1), 0)
+        size = np.array([geometry.shape[across] * spacing[across], geometry.shape[down] * spacing[down]])
+        tile = Image.fromarray(np.ascontiguousarray(plane)).convert("RGB")
+        tiles.append(tile.resize([max(1, int(s)) for s in size * 256 / size.max()]))
+    canvas = Image.new("RGB", (sum(t.width for t in tiles), max(t.height for t in tiles)))
+    for t, left in zip(tiles, np.cumsum([0, *(t.width for t in tiles)]), strict=False):
+        canvas.paste(t, (int(left), 0))
+    out = io.BytesIO()
+    canvas.save(out, "PNG")
+    return out.getvalue()
+
+
+def union(structures: Iterable[Structure]) -> tuple[Structure, ...]:
+    """Structures by number, the first of each number kept."""
+    found: dict[int, Structure] = {}
+    for s in structures:
+        found.setdefault(s.number, s)
+    return tuple(found[n] for n in sorted(found))
