@@ -2,8 +2,8 @@
 
 Everything in medseg that has voxels is a :class:`Volume` (an image) or a :class:`LabelMap` (structures), and each lies
 on a :class:`Geometry`. All three are frozen values: operations return new ones. Index axes are ``i, j, k``; world
-coordinates are RAS+ millimetres (x grows to the patient's Right, y to the Anterior, z to the Superior), and an index names
-the *centre* of a voxel.
+coordinates are RAS+ millimetres (x grows to the patient's Right, y to the Anterior, z to the Superior); an index names the
+*centre* of a voxel.
 """
 
 from __future__ import annotations
@@ -245,7 +245,7 @@ class Volume:
             array = array[None]
         if array.ndim != 4 or array.shape[1:] != self.geometry.shape:
             raise GeometryError(
-                f"voxels must have the shape (C, {self.geometry.shape}) of their grid, got {array.shape}"
+                f"voxels must have shape (C, *{self.geometry.shape}) as their grid, got {array.shape}"
             )
         if not np.issubdtype(array.dtype, np.number) and array.dtype != bool:
             raise TypeError(f"voxels must be numbers, got {array.dtype}")
@@ -432,7 +432,7 @@ class LabelMap:
 
 
 def present_labels(array: Array) -> list[int]:
-    """Sorted values of an integer array; marks instead of sorting where the range allows, O(voxels), a slab at a time."""
+    """Sorted values of an integer array; marks them instead of sorting where the range allows, O(voxels)."""
     if array.size == 0:
         return []
     low, high = int(array.min()), int(array.max())
@@ -449,7 +449,7 @@ def _planes_png(array: Array, geometry: Geometry) -> bytes:
     """PNG of the three middle planes, pixels square in mm; grey (I, J, K) or colour (I, J, K, 3) voxels."""
     if array.ndim == 3:
         low, high = np.nanpercentile(array[tuple(slice(None, None, max(1, n // 64)) for n in array.shape)], (0.5, 99.5))
-        array = np.uint8(255 * np.clip((np.nan_to_num(array) - low) / max(high - low, 1e-9), 0, 1))
+        array = (255 * np.clip((np.nan_to_num(array) - low) / max(high - low, 1e-9), 0, 1)).astype(np.uint8)
     middle, spacing, tiles = [n // 2 for n in geometry.shape], geometry.spacing, []
     for axis in (2, 1, 0):
         if geometry.shape[axis] > 1 and min(np.delete(geometry.shape, axis)) == 1:
