@@ -7,15 +7,18 @@ file imports neither pydicom nor SimpleITK.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from medseg.io.info import VolumeInfo
 from medseg.volume import DicomError, Geometry, LabelMap, Volume
 
-__all__ = ["VolumeInfo", "is_dicom", "list_series", "read", "read_labels", "supported_suffix", "write"]
+__all__ = ["VolumeInfo", "is_dicom", "list_series", "read", "read_channels", "read_labels", "supported_suffix", "write"]
 
 PathLike = str | os.PathLike[str]
 
@@ -108,6 +111,22 @@ def read(path: PathLike, series: str | None = None) -> Volume:
         raise ValueError(f"series must be given for DICOM only, got {series!r} for {path}")
     volume = _format(path).read_volume(path)
     return volume
+
+
+def read_channels(paths: Sequence[PathLike]) -> Volume:
+    """Read the channels of one image from one file each (or from one file that holds them all).
+
+    Raises
+    ------
+    GeometryError
+        If the files do not lie on one grid; the message tells how far apart their corners are.
+    """
+    first, *others = (read(path) for path in paths)
+    for path, volume in zip(paths[1:], others, strict=True):
+        first.geometry.require_close(volume.geometry, f"channels {Path(paths[0]).name} and {Path(path).name}")
+    if not others:
+        return first
+    return replace(first, array=np.concatenate([first.array, *(volume.array for volume in others)]))
 
 
 def read_labels(path: PathLike, like: PathLike | Geometry | Volume | LabelMap | None = None) -> LabelMap:
