@@ -1,0 +1,81 @@
+"""Configurations: frozen, validated, JSON in and out, unknown keys refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from medseg.io.files import atomic_path
+
+__all__ = ["Record", "TrainConfig"]
+
+
+class Record(BaseModel):
+    """A frozen, validated value that is written as JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON, atomically, over what was there."""
+        with atomic_path(path, force=True) as temporary:
+            temporary.write_text(self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read from JSON.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If the file is not JSON, or an entry is missing, unknown or not valid; the message names it.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{cls.__name__.lower()} must be a JSON file, got {path}, which does not exist")
+        try:
+            return cls.model_validate(json.loads(path.read_text()))
+        except json.JSONDecodeError as problem:
+            raise ValueError(f"{path} must hold JSON, got {problem}") from problem
+        except ValidationError as problem:
+            first = problem.errors()[0]
+            where = ".".join(str(p) for p in first["loc"]) or "entry"
+            raise ValueError(f"{where} in {path} must be valid: {first['msg']}, got {first['input']!r}"[:500]) from problem
+
+
+class TrainConfig(Record):
+    """What is trained, on what, for how long.
+
+    Exactly one of ``epochs`` and ``minutes`` limits the training; with neither it runs 100 epochs.
+    """
+
+    dataset: Path
+    out: Path
+    model: str = "unet3d"
+    fold: int = Field(0, ge=0, description="which fold is held out for validation")
+    folds: int = Field(5, ge=2, description="number of folds")
+    epochs: int | None = Field(None, ge=1, description="epochs; one epoch draws as many patches as there are cases")
+    minutes: float | None = Field(None, gt=0, description="time for everything: reading, training, validation")
+    batch: int | None = Field(None, ge=1, description="patches per step; the plan's when not given")
+    learning_rate: float = Field(2e-3, gt=0)
+    weight_decay: float = Field(1e-2, ge=0)
+    group: str | None = Field(None, description="regular expression whose group 1 on the case id is the patient")
+    plan: Path | None = Field(None, description="a plan.json to use instead of planning")
+    device: str = "auto"
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    workers: int = Field(2, ge=0, description="threads that read and preprocess cases")
+    seed: int = 0
+    resume: bool = False
+    force: bool = Field(False, description="replace an existing run folder")
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Self:
+        if self.epochs is not None and self.minutes is not None:
+            raise ValueError("epochs and minutes must not both be given")
+        if self.fold >= self.folds:
+            raise ValueError(f"fold must be below the number of folds {self.folds}, got {self.fold}")
+        return self

@@ -1,0 +1,134 @@
+"""Preprocessed cases on disk, and the patches that training draws from them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from medseg.data import Case
+from medseg.io.files import atomic_path
+from medseg.losses import IGNORE
+from medseg.plan import Plan
+from medseg.transforms import preprocessing
+
+__all__ = ["PreparedCase", "draw_batch", "prepare"]
+
+PLACES = 2000  # foreground voxels kept per structure, to centre patches on
+FOREGROUND_SHARE = 0.5  # of the patches of a batch are placed on a structure
+
+
+@dataclass(frozen=True)
+class PreparedCase:
+    """One case on the planned grid, memory-mapped: image (C, I, J, K) float32, label (I, J, K) int16 class indices.
+
+    ``places`` maps each class that is present to (n, 3) indices of some of its voxels.
+    """
+
+    id: str
+    image: np.ndarray
+    label: np.ndarray
+    places: dict[int, np.ndarray]
+
+
+def prepare(
+    cases: Sequence[Case],
+    plan: Plan,
+    folder: Path,
+    *,
+    workers: int = 2,
+    progress: Callable[[int], None] | None = None,
+) -> list[PreparedCase]:
+    """Preprocess cases into a folder, in parallel, and open them memory-mapped; what is there already is used again.
+
+    Files are keyed by the plan and by path, size and time of the sources, and written atomically, so that an
+    interrupted pass goes on where it stopped. Memory holds ``workers`` cases at a time.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pipeline = preprocessing(plan)
+    recipe = plan.model_dump_json(include={"channels", "structures", "orientation", "spacing", "format"})
+
+    def one(case: Case) -> PreparedCase:
+        sources = [p for p in (*case.images, case.label) if p is not None]
+        facts = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in sources]
+        key = hashlib.sha256(f"{recipe}{facts}".encode()).hexdigest()[:16]
+        image_path, label_path = (folder / f"{case.id}.{key}.{kind}.npy" for kind in ("image", "label"))
+        if not (image_path.exists() and label_path.exists()):
+            data = pipeline({"case": case.id, "image": case.images, "label": case.label})
+            for path, array in ((label_path, data["label"].numpy()), (image_path, data["image"].numpy())):
+                with atomic_path(path, force=True) as temporary, temporary.open("wb") as file:
+                    np.save(file, array, allow_pickle=False)
+        image, label = (np.load(path, mmap_mode="r", allow_pickle=False) for path in (image_path, label_path))
+        return PreparedCase(case.id, image, label, _places(label))
+
+    prepared = []
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        for done, case in enumerate(pool.map(one, cases), start=1):
+            prepared.append(case)
+            if progress:
+                progress(done)
+    return prepared
+
+
+def _places(label: np.ndarray) -> dict[int, np.ndarray]:
+    generator = np.random.default_rng(0)
+    places = {}
+    flat = np.flatnonzero(label)
+    values = label.reshape(-1)[flat]
+    for c in np.unique(values):
+        at = flat[values == c]
+        if len(at) > PLACES:
+            at = generator.choice(at, PLACES, replace=False)
+        places[int(c)] = np.stack(np.unravel_index(at, label.shape), 1)
+    return places
+
+
+def draw_batch(
+    cases: Sequence[PreparedCase], plan: Plan, batch: int, seed: int, step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The patches of one training step: a function of seed and step alone, so that a resumed run draws the same.
+
+    Half of the patches hold a voxel of a structure, chosen evenly among the structures of the case, at a random place
+    in the patch (a patch centred on its structure would teach the network to look in the middle); the rest lie anywhere.
+
+    Returns
+    -------
+    images : (B, C, *patch) float32 tensor
+    labels : (B, *patch) int64 tensor
+        Class indices; ``IGNORE`` where the patch reaches beyond the image.
+    """
+    generator = np.random.default_rng([seed, step])
+    foreground = round(batch * FOREGROUND_SHARE)
+    patches = [
+        _draw_patch(cases[int(generator.integers(len(cases)))], plan, n < foreground, generator) for n in range(batch)
+    ]
+    images, labels = (np.stack(arrays) for arrays in zip(*patches, strict=True))
+    return torch.from_numpy(images), torch.from_numpy(labels).long()
+
+
+def _draw_patch(
+    case: PreparedCase, plan: Plan, foreground: bool, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    shape = np.asarray(case.label.shape)
+    patch = np.asarray((*plan.patch, 1) if plan.dims == 2 else plan.patch)
+    low, high = np.minimum(0, shape - patch), np.maximum(0, shape - patch)  # a smaller image lies anywhere in the patch
+    if foreground and case.places:
+        chosen = list(case.places)[int(generator.integers(len(case.places)))]
+        at = case.places[chosen][int(generator.integers(len(case.places[chosen])))]
+        low, high = np.maximum(low, at - patch + 1), np.minimum(high, at)
+    start = generator.integers(low, high + 1)
+    inside_start, inside_stop = np.maximum(start, 0), np.minimum(start + patch, shape)
+    window = tuple(slice(a, b) for a, b in zip(inside_start, inside_stop, strict=True))
+    padding = [(int(a - s), int(s + p - b)) for s, a, b, p in zip(start, inside_start, inside_stop, patch, strict=True)]
+    image, label = np.asarray(case.image[(slice(None), *window)]), np.asarray(case.label[window])
+    if any(max(p) for p in padding):
+        image = np.pad(image, [(0, 0), *padding], mode="edge")
+        label = np.pad(label, padding, constant_values=IGNORE)
+    if plan.dims == 2:
+        image, label = image[..., 0], label[..., 0]
+    return image, label

@@ -1,0 +1,379 @@
+"""From a look at the data to an explained plan of what is trained and how.
+
+The fingerprint is one streaming pass over the cases; the rules follow nnU-Net's published ones (Isensee et al. 2021,
+doi:10.1038/s41592-020-01008-z) where they are about the data, and fit patch, batch and width to the machine.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from medseg.config import Record
+from medseg.data import Case, Dataset
+from medseg.io import read_channels, read_labels
+from medseg.models import MODELS
+from medseg.resample import reorient
+from medseg.volume import Structure, default_color, present_labels
+
+__all__ = ["CaseFingerprint", "ChannelPlan", "Plan", "StructurePlan", "fingerprint", "make_plan"]
+
+FORMAT = 1  # of plan and run folder; a run of another format is refused
+SAMPLES = 20_000  # foreground voxels looked at per case and channel
+MIN_EDGE = 4  # no axis is pooled below this many voxels
+CPU_BATCH_VOXELS = 360_000  # about half a second a step on two cores at 16 to 128 features
+GPU_BATCH_VOXELS = 4_000_000
+
+
+class ChannelPlan(Record):
+    """How one image channel is normalised.
+
+    "ct": clip to [low, high] HU, then (x - mean) / std of the training set's foreground. "zscore": clip to the image's
+    own 0.5 and 99.5 percentiles, then its own mean and standard deviation. "color": (x - mean) / std of the training
+    set.
+    """
+
+    name: str
+    scheme: Literal["ct", "zscore", "color"]
+    low: float = 0.0
+    high: float = 0.0
+    mean: float = 0.0
+    std: float = 1.0
+
+
+class StructurePlan(Record):
+    """One structure that is learnt."""
+
+    number: int
+    name: str
+    color: tuple[int, int, int]
+
+
+class Plan(Record):
+    """What is trained and how; every entry can be set by hand, ``reasons`` says where each comes from.
+
+    Spacing (mm), patch, strides and kernels are along the axes of ``orientation``; a spacing of None keeps the slices
+    as they are (2D networks see one slice at a time along the last axis).
+    """
+
+    format: int = FORMAT
+    model: str
+    dims: Literal[2, 3]
+    channels: tuple[ChannelPlan, ...]
+    structures: tuple[StructurePlan, ...]
+    orientation: str | None
+    spacing: tuple[float, float, float | None]
+    patch: tuple[int, ...]
+    batch: int
+    features: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
+    kernels: tuple[tuple[int, ...], ...]
+    mirror: tuple[int, ...]
+    reasons: Mapping[str, str] = {}
+
+    def as_structures(self) -> tuple[Structure, ...]:
+        """The structures of predicted label maps."""
+        return tuple(Structure(s.number, s.name, s.color) for s in self.structures)
+
+
+@dataclass(frozen=True)
+class CaseFingerprint:
+    """What planning needs to know of one case; shape and spacing along R, A, S where ``picture`` is False."""
+
+    id: str
+    picture: bool
+    shape: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    modality: str
+    integers: bool
+    samples: np.ndarray  # (C, n) intensities of foreground voxels, of any voxels where there is no foreground
+    lowest: float
+    counts: Mapping[int, int]  # voxels per label
+
+
+def _look(case: Case) -> CaseFingerprint:
+    image = read_channels(case.images)
+    picture = image.geometry.shape[2] == 1
+    native = np.asarray(image.array)
+    counts: dict[int, int] = {}
+    mask = None
+    if case.label is not None:
+        labels = read_labels(case.label).exclusive()
+        image.geometry.require_close(labels.geometry, f"label map and image of case {case.id}")
+        counts = {n: int(np.count_nonzero(labels.array == n)) for n in present_labels(labels.array)}
+        mask = np.asarray(labels.array) > 0
+    if mask is None or not mask.any():
+        mask = np.ones(image.geometry.shape, bool)
+    index = np.flatnonzero(mask)
+    index = np.random.default_rng(0).choice(index, min(len(index), SAMPLES), replace=False)
+    samples = np.stack([channel.reshape(-1)[index] for channel in native]).astype(np.float32)
+    if not np.isfinite(samples).all():
+        raise ValueError(f"voxels must be finite, got NaN or Inf in case {case.id}; run medseg check")
+    geometry = image.geometry if picture else reorient(image, "RAS").geometry
+    integers = bool(np.issubdtype(native.dtype, np.integer))
+    return CaseFingerprint(
+        case.id, picture, geometry.shape, geometry.spacing, image.modality, integers, samples, float(native.min()), counts
+    )  # fmt: skip
+
+
+def fingerprint(
+    cases: Iterable[Case], *, workers: int = 2, progress: Callable[[int], None] | None = None
+) -> list[CaseFingerprint]:
+    """Look at every case once, in parallel; memory does not grow with the size of the set but by samples kept."""
+    found = []
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        for done, one in enumerate(pool.map(_look, cases), start=1):
+            found.append(one)
+            if progress:
+                progress(done)
+    return found
+
+
+def make_plan(
+    dataset: Dataset,
+    cases: Sequence[Case] | None = None,
+    *,
+    model: str | None = None,
+    device: str = "cpu",
+    workers: int = 2,
+    progress: Callable[[int], None] | None = None,
+) -> Plan:
+    """Plan preprocessing, patch, batch and network for a data set, with a reason for each choice.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        The set; its declared channels and labels are used where there are any.
+    cases : sequence of Case, optional
+        The training cases, all by default: nothing of the validation cases enters the plan.
+    model : str, optional
+        A name of ``MODELS``; by default "unet2d" for pictures and "unet3d" for volumes.
+    device : str
+        "cpu" or "cuda...": decides patch, batch and width.
+
+    Raises
+    ------
+    ValueError
+        If there is no case, no label, a label that is not declared, or a model that does not fit the images.
+    """
+    cases = [c for c in (dataset.cases if cases is None else cases) if c.label is not None]
+    if not cases:
+        raise ValueError(f"data set must hold labelled cases, got none in {dataset.root}")
+    looks = fingerprint(cases, workers=workers, progress=progress)
+    reasons: dict[str, str] = {}
+    model = _choose_model(looks, model, reasons)
+    dims = MODELS[model].dims
+    orientation, spacing, shape = _choose_grid(looks, dims, reasons)
+    structures = _choose_structures(looks, dataset, reasons)
+    on_gpu = device.startswith("cuda")
+    budget = GPU_BATCH_VOXELS if on_gpu else CPU_BATCH_VOXELS
+    patch, strides, kernels = _choose_patch(shape[:dims], [s or 1.0 for s in spacing[:dims]], budget // 2, reasons)
+    widths = (32, 64, 128, 256, 320, 320, 320) if on_gpu or dims == 2 else (16, 32, 64, 128, 160, 160, 160)
+    reasons["features"] = (
+        f"{widths[0]} in the finest stage, doubled per stage: " + ("room on the GPU" if on_gpu else "what a CPU trains in minutes")
+    )  # fmt: skip
+    voxels = int(np.prod(patch))
+    batch = int(np.clip(budget // voxels, 2, 16))
+    reasons["batch"] = f"{batch} patches of {voxels} voxels: about {budget} voxels a step on the {'GPU' if on_gpu else 'CPU'}"
+    return Plan(
+        model=model,
+        dims=dims,  # type: ignore[arg-type]
+        channels=_choose_normalisation(looks, dataset, reasons),
+        structures=structures,
+        orientation=orientation,
+        spacing=spacing,
+        patch=patch,
+        batch=batch,
+        features=widths[: len(strides) + 1],
+        strides=strides,
+        kernels=kernels,
+        mirror=_choose_mirror(structures, dims, orientation, reasons),
+        reasons=reasons,
+    )
+
+
+def _choose_model(looks: Sequence[CaseFingerprint], model: str | None, reasons: dict[str, str]) -> str:
+    pictures = sum(look.picture for look in looks)
+    if model is None:
+        model = "unet2d" if pictures == len(looks) else "unet3d"
+        reasons["model"] = "all images are single slices" if model == "unet2d" else "the images are volumes"
+    elif model not in MODELS:
+        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {model!r}")
+    else:
+        reasons["model"] = "asked for"
+    if MODELS[model].dims == 3 and pictures:
+        one = next(look.id for look in looks if look.picture)
+        raise ValueError(f"images must be volumes for {model}, got a single slice in case {one}; use --model unet2d")
+    return model
+
+
+def _choose_grid(
+    looks: Sequence[CaseFingerprint], dims: int, reasons: dict[str, str]
+) -> tuple[str | None, tuple[float, float, float | None], tuple[int, int, int]]:
+    """Orientation, spacing (mm) and the median shape on that grid."""
+    if all(look.picture for look in looks):
+        median = tuple(float(v) for v in np.median([look.spacing for look in looks], axis=0))
+        reasons["orientation"] = "pictures stay as they are stored"
+        reasons["spacing"] = "median of the pictures"
+        sizes = np.array([np.array(look.shape) * look.spacing / median for look in looks])
+        size = tuple(int(round(v)) for v in np.median(sizes, axis=0))
+        return None, (median[0], median[1], None), size  # type: ignore[return-value]
+    spacings = np.array([look.spacing for look in looks])
+    median_spacing = np.median(spacings, axis=0)
+    thick = int(np.argmax(median_spacing)) if median_spacing.max() > 1.05 * median_spacing.min() else 2
+    order = [a for a in range(3) if a != thick] + [thick]
+    orientation = "".join("RAS"[a] for a in order)
+    reasons["orientation"] = f"{orientation}: slices ({'RAS'[thick]} is the widest spacing) along the last axis"
+    spacings = spacings[:, order]
+    spacing = np.median(spacings, axis=0)
+    why = "median of the training cases"
+    sizes = np.array([look.shape for look in looks])[:, order] * spacings
+    others = spacing[:2].max()
+    if dims == 3 and spacing[2] > 3 * others and np.median(sizes[:, 2]) / spacing[2] * 3 < np.median(sizes[:, :2]) / others:
+        spacing[2] = max(np.percentile(spacings[:, 2], 10), others)
+        why += "; 10th percentile across the thick slices, so that thin ones keep their detail"
+    rounded = tuple(round(float(s), 4) for s in spacing)
+    shape = tuple(int(max(1, round(v))) for v in np.median(sizes / np.asarray(rounded), axis=0))
+    reasons["spacing"] = why + ("; slices stay as they are" if dims == 2 else "")
+    return orientation, (rounded[0], rounded[1], rounded[2] if dims == 3 else None), shape  # type: ignore[return-value]
+
+
+def _choose_structures(
+    looks: Sequence[CaseFingerprint], dataset: Dataset, reasons: dict[str, str]
+) -> tuple[StructurePlan, ...]:
+    seen: Counter[int] = Counter()
+    for look in looks:
+        seen.update({n: c for n, c in look.counts.items() if n > 0})
+    negative = [look.id for look in looks if min(look.counts, default=0) < 0]
+    if negative:
+        raise ValueError(f"labels must be at least 0, got a negative label in case {negative[0]}; run medseg check")
+    if not seen:
+        raise ValueError("labels must mark at least one structure, got only background; run medseg check")
+    declared = dataset.labels
+    if declared is not None:
+        for look in looks:
+            strange = [n for n in look.counts if n > 0 and n not in declared]
+            if strange:
+                raise ValueError(
+                    f"labels must be declared ({', '.join(map(str, declared))}), got {strange[0]} in case {look.id}; "
+                    "run medseg check"
+                )
+    if len(seen) > 255:
+        raise ValueError(f"labels must be at most 255 structures, got {len(seen)}; are these instances?")
+    names = dict(declared) if declared is not None else {n: f"label {n}" for n in sorted(seen)}
+    absent = [f"{name} ({n})" for n, name in names.items() if n not in seen]
+    if absent:
+        raise ValueError(f"structures must occur in the training cases, got none of {', '.join(absent)}; drop the label")
+    reasons["structures"] = "declared by the data set" if declared is not None else "the values present in the labels"
+    return tuple(StructurePlan(number=n, name=names[n], color=default_color(n)) for n in sorted(names))
+
+
+def _choose_patch(
+    shape: Sequence[int], spacing: Sequence[float], budget: int, reasons: dict[str, str]
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+    """Patch, strides and kernels: the median image if it fits the budget, else shrunk evenly in millimetres."""
+    patch = np.asarray(shape, float)
+    while np.prod(patch) > budget:
+        relative = patch * np.asarray(spacing)
+        axis = int(np.argmax(np.where(patch > MIN_EDGE, relative, -1)))
+        patch[axis] = max(MIN_EDGE, np.floor(patch[axis] * 0.95))
+    size, step = np.ceil(patch).astype(int), np.asarray(spacing, float)
+    strides: list[tuple[int, ...]] = []
+    kernels: list[tuple[int, ...]] = []
+    while len(strides) < 6:
+        fine = step < 2 * step.min()
+        kernels.append(tuple(3 if f else 1 for f in fine))
+        pool = (size >= 2 * MIN_EDGE) & fine
+        if not pool.any() or (pool.sum() == 1 and size[pool][0] < 3 * MIN_EDGE):
+            break
+        strides.append(tuple(2 if p else 1 for p in pool))
+        size, step = np.where(pool, -(-size // 2), size), np.where(pool, step * 2, step)
+    else:
+        kernels.append((3,) * len(patch))
+    divisor = np.prod(np.asarray(strides, int).reshape(-1, len(patch)), axis=0)
+    final = tuple(int(n) for n in -(-np.ceil(patch).astype(int) // divisor) * divisor)
+    whole = all(p >= s for p, s in zip(final, shape, strict=True))
+    reasons["patch"] = (
+        f"the median image ({' x '.join(map(str, shape))}), rounded up to what {len(strides)} poolings divide"
+        if whole
+        else f"as much of the median image ({' x '.join(map(str, shape))}) as {budget} voxels hold, even in mm"
+    )
+    reasons["strides"] = f"{len(strides)} poolings, until an edge would fall below {MIN_EDGE} voxels"
+    reasons["kernels"] = "3 along axes within a factor of 2 of the finest spacing, 1 across thicker slices"
+    return final, tuple(strides), tuple(kernels)
+
+
+def _choose_normalisation(
+    looks: Sequence[CaseFingerprint], dataset: Dataset, reasons: dict[str, str]
+) -> tuple[ChannelPlan, ...]:
+    count = len(looks[0].samples)
+    for look in looks:
+        if len(look.samples) != count:
+            raise ValueError(f"images must have {count} channels as {looks[0].id} has, got {len(look.samples)} in {look.id}")
+    names = dataset.channels if len(dataset.channels) == count else tuple(f"channel {c}" for c in range(count))
+    plans, why = [], []
+    for c, name in enumerate(names):
+        values = np.concatenate([look.samples[c] for look in looks])
+        mean, std = float(values.mean()), float(values.std()) or 1.0
+        declared = name.strip().lower()
+        looks_ct = all(look.modality == "CT" or (look.integers and look.lowest <= -900) for look in looks)
+        if declared in ("ct", "cbct") or (declared in ("image", f"channel {c}") and looks_ct):
+            low, high = (float(v) for v in np.percentile(values, (0.5, 99.5)))
+            inside = np.clip(values, low, high)
+            mean, std = float(inside.mean()), float(inside.std()) or 1.0
+            plans.append(ChannelPlan(name=name, scheme="ct", low=low, high=high, mean=mean, std=std))
+            why.append(f"{name}: CT, clipped to the 0.5 to 99.5 percentiles of the foreground ({low:.0f} to {high:.0f} HU)")
+        elif count == 3 and all(look.picture and look.integers for look in looks):
+            plans.append(ChannelPlan(name=name, scheme="color", mean=mean, std=std))
+            why.append(f"{name}: colour, by mean and spread of the training set")
+        else:
+            plans.append(ChannelPlan(name=name, scheme="zscore"))
+            why.append(f"{name}: no fixed unit, by each image's own mean and spread within 0.5 to 99.5 percentiles")
+    reasons["channels"] = "; ".join(dict.fromkeys(why))
+    return tuple(plans)
+
+
+def _choose_mirror(
+    structures: Sequence[StructurePlan], dims: int, orientation: str | None, reasons: dict[str, str]
+) -> tuple[int, ...]:
+    if orientation is None:
+        reasons["mirror"] = "off: pictures may have a fixed view"
+        return ()
+    sided = [s.name for s in structures if {"left", "right"} & _words(s.name)]
+    if sided:
+        reasons["mirror"] = f"off: left and right differ ({sided[0]})"
+        return ()
+    axis = next(a for a, letter in enumerate(orientation) if letter in "RL")
+    reasons["mirror"] = "left to right only: bodies are nearly symmetric that way"
+    return (axis,) if axis < dims else ()
+
+
+def _words(name: str) -> set[str]:
+    spaced = "".join(f" {ch.lower()}" if ch.isupper() else (ch if ch.isalnum() else " ") for ch in name)
+    words = set(spaced.split())
+    short = {"l": "left", "r": "right", "lt": "left", "rt": "right"}
+    return words | {short[w] for w in words if w in short}
+
+
+def pick_device(device: str) -> torch.device:
+    """The torch device of "auto", "cpu", "cuda" or "cuda:n"; "auto" is a GPU where there is one.
+
+    Raises
+    ------
+    ValueError
+        If the name is none of these, or the GPU is not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device != "cpu" and device.split(":")[0] != "cuda":
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:n, got {device!r}")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and not (torch.cuda.is_available() and (chosen.index or 0) < torch.cuda.device_count()):
+        raise ValueError(f"device must be present, got {device} on a machine with {torch.cuda.device_count()} GPUs; use cpu")
+    return chosen

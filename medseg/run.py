@@ -1,0 +1,154 @@
+"""A run: the folder that holds a trained model and all that is needed to use it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from medseg.config import TrainConfig
+from medseg.io.files import atomic_path
+from medseg.models import build_model
+from medseg.plan import FORMAT, Plan
+
+__all__ = ["Run", "environment"]
+
+WEIGHTS, CHECKPOINT = "weights.safetensors", "checkpoint.safetensors"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder.
+
+    ``config.json`` and ``plan.json`` say what was trained and how, ``weights.safetensors`` holds the best weights,
+    ``checkpoint.safetensors`` all that ``--resume`` needs, ``history.json`` the curve, ``metrics.json`` the validation,
+    ``environment.json`` versions and machine.
+    """
+
+    path: Path
+    config: TrainConfig
+    plan: Plan
+
+    @classmethod
+    def create(cls, path: Path, config: TrainConfig, plan: Plan) -> Run:
+        """Make the folder (or write over config and plan of a fresh one) and return the run."""
+        path.mkdir(parents=True, exist_ok=True)
+        config.save(path / "config.json")
+        plan.save(path / "plan.json")
+        write_json(path / "environment.json", environment())
+        return cls(path, config, plan)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """Open an existing run.
+
+        Raises
+        ------
+        FileNotFoundError
+            If the folder or its plan is missing.
+        ValueError
+            If the run is of another format than this version of medseg reads.
+        """
+        path = Path(path)
+        if not (path / "plan.json").is_file():
+            raise FileNotFoundError(f"run must be a folder that medseg train made, got {path}, which has no plan.json")
+        try:
+            found = json.loads((path / "plan.json").read_text()).get("format")
+        except (json.JSONDecodeError, AttributeError) as problem:
+            raise ValueError(f"plan must be a JSON object, got something else in {path / 'plan.json'}") from problem
+        if found != FORMAT:
+            raise ValueError(
+                f"run must be of format {FORMAT}, got {found} in {path}; use the medseg version in its environment.json"
+            )
+        return cls(path, TrainConfig.load(path / "config.json"), Plan.load(path / "plan.json"))
+
+    def build(self) -> nn.Module:
+        """The planned network with fresh weights."""
+        plan = self.plan
+        return build_model(
+            plan.model,
+            in_channels=len(plan.channels),
+            out_channels=len(plan.structures) + 1,
+            features=plan.features,
+            strides=plan.strides,
+            kernels=plan.kernels,
+        )
+
+    def network(self, device: torch.device | str = "cpu") -> nn.Module:
+        """The network with the best weights, in eval mode.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            If the weights are missing, damaged, or of another network.
+        """
+        path = self.path / WEIGHTS
+        if not path.is_file():
+            raise FileNotFoundError(f"run must hold {WEIGHTS}, got none in {self.path}; train it first")
+        network = self.build()
+        try:
+            network.load_state_dict(load_file(path))
+        except (SafetensorError, RuntimeError) as problem:
+            raise ValueError(f"weights must fit the plan, got in {path}: {str(problem)[:300]}") from problem
+        return network.to(device).eval()
+
+    def save_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write the best weights, atomically."""
+        save_tensors(self.path / WEIGHTS, tensors, {})
+
+    def save_checkpoint(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Write tensors and state for a later ``--resume``, atomically in one file."""
+        save_tensors(self.path / CHECKPOINT, tensors, state)
+
+    def load_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and state of the last checkpoint.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            If there is none, or it is damaged.
+        """
+        path = self.path / CHECKPOINT
+        if not path.is_file():
+            raise FileNotFoundError(f"run must hold {CHECKPOINT} to be resumed, got none in {self.path}")
+        try:
+            with safe_open(path, "pt") as file:
+                state = json.loads((file.metadata() or {}).get("state", "{}"))
+            return load_file(path), state
+        except SafetensorError as problem:
+            raise ValueError(f"checkpoint must be whole, got a damaged {path}: {problem}") from problem
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Write tensors and a JSON state into one safetensors file, atomically, over what was there."""
+    flat = {name: t.detach().to("cpu").contiguous().clone() for name, t in tensors.items()}
+    with atomic_path(path, force=True) as temporary:
+        save_file(flat, temporary, metadata={"state": json.dumps(state)})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, atomically, over what was there."""
+    with atomic_path(path, force=True) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def environment() -> dict[str, str]:
+    """Versions and kind of machine; nothing that names a person or a place."""
+    names = ("medseg", "torch", "monai", "numpy", "nibabel", "pydicom", "highdicom", "SimpleITK")
+    return {
+        "python": platform.python_version(),
+        "platform": f"{sys.platform} {platform.machine()}",
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "threads": str(torch.get_num_threads()),
+        **{name: metadata.version(name) for name in names},
+    }
