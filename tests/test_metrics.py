@@ -1,0 +1,274 @@
+"""Metrics against brute force in float64 and independent packages."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+from scipy.spatial.distance import cdist
+
+from medseg import metrics, surface
+
+
+def blobs(rng: np.random.Generator, shape: tuple[int, ...], wobble: float = 0.4) -> tuple[np.ndarray, np.ndarray]:
+    """Two masks that look alike, with holes, thin parts and contact with the edge."""
+    field = ndimage.gaussian_filter(rng.standard_normal(shape), 1.5)
+    other = field + wobble * ndimage.gaussian_filter(rng.standard_normal(shape), 1.5)
+    return field > 0.02, other > 0.02
+
+
+def brute_border(mask: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:
+    """(N, axes) positions in mm of the voxels with a face neighbour outside, voxel by voxel."""
+    found = []
+    for index in zip(*np.nonzero(mask), strict=True):
+        for axis, step in itertools.product(range(mask.ndim), (-1, 1)):
+            near = list(index)
+            near[axis] += step
+            if not 0 <= near[axis] < mask.shape[axis] or not mask[tuple(near)]:
+                found.append(index)
+                break
+    return np.array(found, float) * spacing
+
+
+def brute_scores(p: np.ndarray, r: np.ndarray, spacing: tuple[float, ...], tolerance: float) -> dict[str, float]:
+    d = cdist(brute_border(p, spacing), brute_border(r, spacing))
+    a, b = d.min(1), d.min(0)
+    both = np.concatenate([a, b])
+    return {
+        "hd": both.max(),
+        "voxel": max(np.percentile(a, 95), np.percentile(b, 95)),
+        "pooled": np.percentile(both, 95),
+        "assd": both.mean(),
+        "nsd": np.mean(both <= tolerance + 1e-4),
+    }
+
+
+spacings = st.tuples(*[st.sampled_from([0.4, 0.8, 1.0, 1.3, 2.5, 5.0])] * 3)
+shapes = st.tuples(st.integers(3, 9), st.integers(2, 12), st.integers(1, 7))
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes, spacings, st.integers(0, 10_000), st.sampled_from([0.4, 1.0, 2.4]), st.booleans())
+def test_surface_scores_equal_brute_force(shape, spacing, seed, tolerance, fortran):
+    p, r = blobs(np.random.default_rng(seed), shape)
+    if not p.any() or not r.any():
+        return
+    order = np.asfortranarray if fortran else np.ascontiguousarray
+    flat = [a for a, n in enumerate(shape) if n > 1]
+    squeezed = brute_scores(p.squeeze(), r.squeeze(), tuple(spacing[a] for a in flat), tolerance)
+    for definition in ("voxel", "pooled"):
+        got = metrics.surface_scores(order(p), r, spacing, tolerance_mm=tolerance, definition=definition)
+        assert got.hd_mm == pytest.approx(squeezed["hd"], abs=1e-4)
+        assert got.hd95_mm == pytest.approx(squeezed[definition], abs=1e-4)
+        assert got.assd_mm == pytest.approx(squeezed["assd"], abs=1e-4)
+        assert got.nsd == pytest.approx(squeezed["nsd"], abs=1e-12)
+
+
+@pytest.mark.parametrize("definition", ["voxel", "pooled", "area"])
+@pytest.mark.parametrize("shift", [0, 1, 9])
+def test_tensor_path_equals_array_path(definition, shift, monkeypatch):
+    p, r = blobs(np.random.default_rng(shift), (21, 30, 14))
+    r = np.roll(r, shift, 1)
+    spacing = (0.7, 1.1, 3.0)
+    monkeypatch.setattr(surface, "CHUNK", 5000)  # several chunks
+    tensors = surface.surface_distances(torch.as_tensor(p), torch.as_tensor(r), spacing, definition)
+    arrays = surface.surface_distances(p, r, spacing, definition)
+    for t, a in zip(tensors, arrays, strict=True):
+        np.testing.assert_allclose(t.beyond, a.beyond, atol=1e-4)
+        assert t.size == pytest.approx(a.size, rel=1e-5)
+        assert t.percentile(95) == pytest.approx(a.percentile(95), abs=1e-4)
+        assert t.total == pytest.approx(a.total, rel=1e-5)
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.3, 2.0, 5.0)])
+def test_search_hands_over_to_a_distance_transform(spacing):
+    """Far apart, the search around each voxel gives up; the result stays exact."""
+    p, r = np.zeros((60, 12, 18), bool), np.zeros((60, 12, 18), bool)
+    p[1:4, 2:9, 3:11] = True
+    r[50:58, 1:5, 12:17] = r[10, 6, 4] = True
+    got = metrics.surface_scores(p, r, spacing)
+    want = brute_scores(p, r, spacing, 1.0)
+    assert (got.hd_mm, got.hd95_mm, got.assd_mm) == pytest.approx((want["hd"], want["voxel"], want["assd"]), abs=1e-4)
+
+
+def test_distance_transform_equals_scipy():
+    targets = np.random.default_rng(1).random((9, 17, 6)) > 0.97
+    got = surface.distance_transform(torch.as_tensor(targets), (0.5, 1.5, 4.0))
+    np.testing.assert_allclose(got, ndimage.distance_transform_edt(~targets, sampling=(0.5, 1.5, 4.0)), atol=1e-4)
+
+
+def test_hausdorff_equals_simpleitk():
+    p, r = blobs(np.random.default_rng(3), (20, 25, 12))
+    images = []
+    for mask in (p, r):
+        image = sitk.GetImageFromArray(mask.transpose(2, 1, 0).astype(np.uint8))
+        image.SetSpacing((0.8, 1.2, 3.0))
+        images.append(image)
+    # ITK measures from every voxel of one mask to the other mask, which has the same maximum
+    sitk_filter = sitk.HausdorffDistanceImageFilter()
+    sitk_filter.Execute(*images)
+    got = metrics.surface_scores(p, r, (0.8, 1.2, 3.0))
+    assert got.hd_mm >= sitk_filter.GetHausdorffDistance() - 1e-4
+    solid = np.zeros((20, 25, 12), bool)
+    solid[4:12, 5:20, 3:9] = True
+    moved = np.roll(solid, 3, 0)
+    assert metrics.surface_scores(solid, moved, (0.8, 1.2, 3.0)).hd_mm == pytest.approx(2.4, abs=1e-4)
+
+
+def test_peers_agree_on_their_own_definitions():
+    monai = pytest.importorskip("monai.metrics")
+    peer = pytest.importorskip("medpy.metric.binary")
+    deepmind = pytest.importorskip("surface_distance")
+    spacing = (0.7, 1.1, 2.5)
+    p, r = blobs(np.random.default_rng(5), (26, 22, 15))
+    voxel, pooled, area = (metrics.surface_scores(p, r, spacing, definition=d) for d in ("voxel", "pooled", "area"))
+    pair = [torch.as_tensor(m)[None, None].float() for m in (p, r)]
+    hd95 = monai.compute_hausdorff_distance(*pair, include_background=True, spacing=spacing, percentile=95)
+    assert voxel.hd95_mm == pytest.approx(float(hd95), abs=1e-3)
+    nsd = monai.compute_surface_dice(*pair, [1.0], include_background=True, spacing=spacing)
+    assert voxel.nsd == pytest.approx(float(nsd), abs=1e-5)
+    assert pooled.hd95_mm == pytest.approx(peer.hd95(p, r, spacing), abs=1e-3)
+    assert pooled.assd_mm == pytest.approx(peer.assd(p, r, spacing), abs=1e-3)
+    distances = deepmind.compute_surface_distances(r, p, spacing)
+    assert area.hd95_mm == pytest.approx(deepmind.compute_robust_hausdorff(distances, 95), abs=1e-3)
+    assert area.nsd == pytest.approx(deepmind.compute_surface_dice_at_tolerance(distances, 1.0), abs=1e-3)
+
+
+def test_area_of_a_box_and_a_plane():
+    """A slab's elements sum to its area (mm2); a shift along the normal moves every weighted percentile by it."""
+    slab = np.zeros((40, 50, 20), bool)
+    slab[:, :, 5:9] = True
+    (a, _) = surface.surface_distances(slab, slab, (2.0, 1.0, 3.0), "area")
+    assert a.size == pytest.approx(2 * (40 * 2 * 50 * 1 + 4 * 3 * (40 * 2 + 50 * 1)), rel=0.05)
+    moved = np.roll(slab, 1, 2)
+    assert metrics.surface_scores(slab, moved, (2.0, 1.0, 3.0), definition="area").hd95_mm == pytest.approx(3, abs=1e-4)
+
+
+def test_tolerance_counts_multiples_of_the_spacing():
+    p = np.zeros((30, 8, 9), bool)
+    p[3:9, 2:6, 2:7] = True
+    r = np.roll(p, 3, 0)
+    scores = metrics.surface_scores(p[:, 2:6, 2:7], r[:, 2:6, 2:7], (0.8, 1.0, 1.0), tolerance_mm=2.4)
+    assert scores.nsd == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Overlap
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes, st.integers(0, 10_000), st.sampled_from([np.uint8, np.int16, np.uint16, np.int64]), st.booleans())
+def test_overlap_equals_counting(shape, seed, dtype, on_device_path):
+    rng = np.random.default_rng(seed)
+    p, r = rng.choice([0, 0, 0, 1, 4, 7, 99], (2, *shape)).astype(dtype)
+    labels = [4, 1, 7, 5]
+    if on_device_path:
+        table = np.zeros(9, np.intp)
+        table[labels] = np.arange(1, 5)
+        tensors = [torch.as_tensor(x.astype(np.int64)) for x in (p, r)]
+        matrix, boxes = metrics._scan_device(*tensors, table, 5)
+    else:
+        matrix, boxes = metrics._scan(np.asfortranarray(p), r, labels)
+    assert matrix.sum() == p.size
+    for n, label in enumerate(labels, 1):
+        for m, other in enumerate(labels, 1):
+            assert matrix[n, m] == np.sum((r == label) & (p == other))
+        either = np.nonzero((p == label) | (r == label))
+        want = tuple(slice(int(e.min()), int(e.max()) + 1) for e in either) if either[0].size else None
+        assert boxes[n - 1] == want
+    counts = metrics.overlap(p, r, labels)
+    sets = [(set(np.flatnonzero(p == n)), set(np.flatnonzero(r == n))) for n in labels]
+    for n, (a, b) in enumerate(sets):
+        if a | b:
+            assert metrics.iou(counts)[n] == pytest.approx(len(a & b) / len(a | b))
+            assert metrics.dice(counts)[n] == pytest.approx(2 * len(a & b) / (len(a) + len(b)))
+        else:
+            assert np.isnan(metrics.iou(counts)[n])
+        if a and b:
+            assert metrics.precision(counts)[n] == pytest.approx(len(a & b) / len(a))
+            assert metrics.recall(counts)[n] == pytest.approx(len(a & b) / len(b))
+
+
+def test_negative_labels_are_background():
+    p = np.array([[-1, 2, -2, 0, 300]], np.int16)
+    assert metrics.confusion(p, np.full_like(p, 2), [2]).tolist() == [[0, 0], [4, 1]]
+
+
+def test_layers_may_overlap():
+    p, r = np.zeros((2, 2, 5, 4, 3), bool)
+    p[0, :3], p[1, 2:] = True, True
+    r[0, :2], r[1, 1:] = True, True
+    rows = metrics.structure_scores(p, r, None, (2.0, 1.0, 1.0))
+    assert [row["iou"] for row in rows] == pytest.approx([2 / 3, 3 / 4])
+    assert rows[1]["volume_mm3"] == 3 * 4 * 3 * 2
+    assert [row["hd_mm"] for row in rows] == pytest.approx([2, 2])
+
+
+def test_label_maps_and_layers_give_the_same_rows():
+    rng = np.random.default_rng(0)
+    a, b = blobs(rng, (17, 13, 9))
+    c, d = blobs(rng, (17, 13, 9))
+    p, r = np.where(a, 1, 3 * c), np.where(b, 1, 3 * d)
+    spacing = (0.9, 1.4, 2.0)
+    maps = metrics.structure_scores(p.astype(np.uint8), r.astype(np.int16), [1, 3], spacing, tolerance_mm=1.5)
+    layers = metrics.structure_scores(
+        np.stack([p == 1, p == 3]), np.stack([r == 1, r == 3]), None, spacing, tolerance_mm=1.5
+    )
+    assert maps == layers
+    tensors = metrics.structure_scores(torch.as_tensor(p), torch.as_tensor(r), [1, 3], spacing, tolerance_mm=1.5)
+    assert maps == tensors
+
+
+def test_contract_of_the_undefined():
+    nothing, something = np.zeros((6, 5, 4), np.uint8), np.zeros((6, 5, 4), np.uint8)
+    something[2:4, 1:3, 1:3] = 1
+    spacing = (1.0, 2.0, 3.0)
+    (both_empty,) = metrics.structure_scores(nothing, nothing, [1], spacing)
+    assert both_empty.pop("volume_mm3") == both_empty.pop("reference_volume_mm3") == 0
+    assert all(np.isnan(v) for v in both_empty.values())
+    diagonal = np.sqrt(6**2 + 10**2 + 12**2)
+    for pair in ((nothing, something), (something, nothing)):
+        (row,) = metrics.structure_scores(*pair, [1], spacing)
+        assert [row[k] for k in ("iou", "dice", "precision", "recall", "nsd")] == [0] * 5
+        assert [row[k] for k in ("hd_mm", "hd95_mm", "assd_mm")] == pytest.approx([diagonal] * 3)
+        assert np.isnan(metrics.surface_scores(*pair, spacing, missing="nan").hd95_mm)
+    full = np.ones((6, 5, 4), bool)
+    assert metrics.surface_scores(full, full, spacing) == (0, 0, 0, 1)
+
+
+def test_missing_is_never_nearer_than_the_farthest_mistake():
+    p, r = np.zeros((2, 7, 6, 5), bool)
+    p[0, 0, 0], r[-1, -1, -1] = True, True
+    spacing = (0.5, 1.0, 4.0)
+    assert metrics.surface_scores(p, r, spacing).hd_mm < metrics.surface_scores(p * False, r, spacing).hd_mm
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((np.zeros((2, 3)), np.zeros((2, 3), int), [1]), TypeError, "prediction must hold integers"),
+        ((np.zeros((2, 3), int), np.zeros((3, 2), int), [1]), ValueError, r"one shape, got \(2, 3\) and \(3, 2\)"),
+        ((np.zeros((2, 3), int), np.zeros((2, 3), int), [0, 1]), ValueError, "labels must be distinct numbers from 1"),
+        ((np.zeros((2, 3), int), np.zeros((2, 3), int), [2, 2]), ValueError, "labels must be distinct"),
+        ((np.zeros((2, 3), int), np.zeros((2, 3), int), None), TypeError, "layers must be bool"),
+        ((torch.zeros(2, 3), torch.zeros(2, 3), [1]), TypeError, "prediction must hold integers"),
+    ],
+)
+def test_bad_input(arguments, error, message):
+    with pytest.raises(error, match=message):
+        metrics.overlap(*arguments)
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0), (1.0, 0.0, 1.0), (1.0, np.nan, 1.0)])
+def test_bad_spacing(spacing):
+    mask = np.ones((3, 4, 5), bool)
+    with pytest.raises(ValueError, match="spacing must be 3 positive numbers"):
+        metrics.surface_scores(mask, mask, spacing)
+    with pytest.raises(ValueError, match="definition must be 'voxel'"):
+        metrics.surface_scores(mask, mask, (1, 1, 1), definition="mesh")
