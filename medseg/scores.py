@@ -1,0 +1,167 @@
+"""A table of metrics: rows per case and structure, a summary with confidence intervals."""
+
+from __future__ import annotations
+
+import csv
+import html
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medseg.io.files import atomic_path
+
+__all__ = ["COLUMNS", "METRICS", "VOLUMES", "Evaluation", "Row"]
+
+Row = dict[str, Any]
+METRICS = ("iou", "dice", "hd95_mm", "nsd", "hd_mm", "assd_mm", "precision", "recall")
+VOLUMES = ("volume_mm3", "reference_volume_mm3")
+COLUMNS = ("case", "structure", "label", *METRICS[:4], *VOLUMES, *METRICS[4:], "error")
+OVER_STRUCTURES = "mean"
+RESAMPLES, SEED = 2000, 0
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """A table of metrics.
+
+    Attributes
+    ----------
+    rows : tuple of dict
+        One per case and structure, with the keys case, structure, label, iou, dice, hd95_mm, nsd, volume_mm3,
+        reference_volume_mm3, hd_mm, assd_mm, precision, recall (NaN where undefined or not measured). A case that could
+        not be scored is one row with its reason under "error".
+    """
+
+    rows: tuple[Row, ...]
+
+    @property
+    def failed(self) -> tuple[Row, ...]:
+        """The rows of cases that could not be scored."""
+        return tuple(row for row in self.rows if "error" in row)
+
+    @cached_property
+    def summary(self) -> list[dict[str, Any]]:
+        """Per structure, and "mean" over structures: n (cases), n_defined (cases with a Dice), and for each metric
+        "mean" over the defined cases, with "ci95", the 95 % interval by bootstrap over cases (fixed seed).
+        """
+        scored = [row for row in self.rows if "error" not in row]
+        names = list(dict.fromkeys(row["structure"] for row in scored))
+        cases = list(dict.fromkeys(row["case"] for row in scored))
+        case_at, name_at = ({key: n for n, key in enumerate(keys)} for keys in (cases, names))
+        values = np.full((len(METRICS), len(cases), len(names)), np.nan)
+        listed = np.zeros((len(cases), len(names)), bool)
+        for row in scored:
+            at = case_at[row["case"]], name_at[row["structure"]]
+            values[(slice(None), *at)] = [row.get(metric, np.nan) for metric in METRICS]
+            listed[at] = True
+        estimates = {metric: _bootstrap(values[m]) for m, metric in enumerate(METRICS)}
+        defined = np.isfinite(values[METRICS.index("dice")])
+        table = []
+        for s, name in enumerate([*names, OVER_STRUCTURES]):
+            whole = s == len(names)
+            entry: dict[str, Any] = {
+                "structure": name,
+                "n": len(cases) if whole else int(listed[:, s].sum()),
+                "n_defined": int((defined.any(axis=1) if whole else defined[:, s]).sum()),
+            }
+            for metric, (mean, low, high) in estimates.items():
+                entry[metric] = {"mean": float(mean[s]), "ci95": [float(low[s]), float(high[s])]}
+            table.append(entry)
+        return table
+
+    def mean(self, metric: str = "iou", structure: str = OVER_STRUCTURES) -> float:
+        """Mean of a metric over cases, for one structure or (the mean of these) over all of them."""
+        for entry in self.summary:
+            if entry["structure"] == structure and metric in METRICS:
+                return float(entry[metric]["mean"])
+        names = [entry["structure"] for entry in self.summary]
+        raise ValueError(f"metric must be one of {METRICS} and structure of {names}, got {metric!r} of {structure!r}")
+
+    def to_json(self) -> str:
+        """``{"cases": [rows], "summary": [...]}``; NaN is null."""
+        return json.dumps(_without_nan({"cases": self.rows, "summary": self.summary}), indent=1)
+
+    def to_pandas(self) -> Any:
+        """The rows as a pandas DataFrame (needs pandas)."""
+        import pandas  # an optional extra
+
+        return pandas.DataFrame(self.rows, columns=[c for c in COLUMNS if c != "error" or self.failed])
+
+    def write(self, folder: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Write metrics.json and metrics.csv (the rows) into a folder.
+
+        Raises
+        ------
+        FileExistsError
+            If one of them exists and ``force`` is not set.
+        """
+        with atomic_path(Path(folder) / "metrics.json", force) as path:
+            path.write_text(self.to_json() + "\n", encoding="utf-8")
+        with (
+            atomic_path(Path(folder) / "metrics.csv", force) as path,
+            path.open("w", newline="", encoding="utf-8") as f,
+        ):
+            table = csv.DictWriter(f, COLUMNS, restval="")
+            table.writeheader()
+            table.writerows({k: "" if v != v else v for k, v in row.items()} for row in self.rows)
+
+    def __repr__(self) -> str:
+        cases = {row["case"] for row in self.rows} - {row["case"] for row in self.failed}
+        return f"Evaluation({len(cases)} cases, {len(self.failed)} failed, mean iou {self.mean('iou'):.3f})"
+
+    def _repr_html_(self) -> str:
+        shown = [m for m in METRICS if any(np.isfinite(entry[m]["mean"]) for entry in self.summary)]
+        head = "".join(f"<th>{h}</th>" for h in ("structure", "defined / cases", *shown))
+        body = "".join(
+            f"<tr><td>{html.escape(e['structure'])}</td><td>{e['n_defined']} / {e['n']}</td>"
+            + "".join(f"<td>{_interval(e[m])}</td>" for m in shown)
+            + "</tr>"
+            for e in self.summary
+        )
+        failed = "".join(f"<li>{html.escape(r['case'])}: {html.escape(r['error'])}</li>" for r in self.failed)
+        return f"<table><tr>{head}</tr>{body}</table>" + (f"<p>Failed:</p><ul>{failed}</ul>" if failed else "")
+
+
+def _interval(estimate: Mapping[str, Any]) -> str:
+    low, high = estimate["ci95"]
+    return f"{estimate['mean']:.3f}" + (f" [{low:.3f}, {high:.3f}]" if np.isfinite(low) else "")
+
+
+def _bootstrap(values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Means over cases and their 95 % bounds, each (S + 1,), of values (cases, S) that may be NaN; the last entry is the
+    mean over structures. Cases are drawn with replacement, all structures of a case together; O(draws x cases x S).
+    """
+    cases = len(values)
+    weights = np.ones((1, cases))
+    if cases:
+        drawn = np.random.default_rng(SEED).multinomial(cases, np.full(cases, 1 / cases), RESAMPLES)
+        weights = np.concatenate([weights, drawn])
+    defined = np.isfinite(values)
+    count = weights @ defined
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = (weights @ np.where(defined, values, 0)) / np.where(count > 0, count, np.nan)
+        seen = np.isfinite(means)
+        over = np.where(seen, means, 0).sum(1, keepdims=True) / np.where(seen.any(1), seen.sum(1), np.nan)[:, None]
+    means = np.concatenate([means, over], axis=1)
+    low, high = np.full((2, means.shape[1]), np.nan)
+    for s in range(means.shape[1]):
+        enough = (defined.any(axis=1) if s == values.shape[1] else defined[:, s]).sum() > 1
+        draws = means[1:, s][np.isfinite(means[1:, s])]
+        if enough:
+            low[s], high[s] = np.percentile(draws, (2.5, 97.5))
+    return means[0], low, high
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

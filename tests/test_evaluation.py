@@ -1,0 +1,271 @@
+"""Evaluation of label maps, files and folders."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from conftest import geometries, rotation
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medseg import metrics
+from medseg.evaluation import Evaluation, Surface, evaluate, score_case
+from medseg.io import write
+from medseg.volume import Geometry, GeometryError, LabelMap, Structure
+
+GRID = Geometry.from_parts((14, 11, 8), (0.8, 1.1, 3.0), (-20, 30, 5), rotation((0.2, -0.3, 0.1)))
+
+
+def label_map(seed: int, labels=(1, 2), names=("Anterior", "Posterior"), grid: Geometry = GRID) -> LabelMap:
+    """Boxes at random places, the labels in order along i."""
+    rng = np.random.default_rng(seed)
+    array = np.zeros(grid.shape, np.uint8)
+    for n, label in enumerate(labels):
+        band = array[n * grid.shape[0] // 2 : (n + 1) * grid.shape[0] // 2]
+        box = tuple(
+            slice(int(rng.integers(0, (s + 1) // 2)), int(rng.integers((s + 1) // 2, s + 1))) for s in band.shape
+        )
+        band[box] = label
+    return LabelMap(array, grid, tuple(Structure(n, s) for n, s in zip(labels, names, strict=True)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(geometries(), st.integers(0, 999))
+def test_rows_of_one_pair(grid, seed):
+    p, r = label_map(seed, grid=grid), label_map(seed + 1, grid=grid)
+    rows = evaluate(p, r, tolerance_mm=2.0).rows
+    assert [row["structure"] for row in rows] == ["Anterior", "Posterior"]
+    for row in rows:
+        a, b = p.array == row["label"], r.array == row["label"]
+        assert row["iou"] == pytest.approx((a & b).sum() / (a | b).sum())
+        assert row["volume_mm3"] == pytest.approx(a.sum() * np.prod(grid.spacing))
+        assert row["reference_volume_mm3"] == pytest.approx(b.sum() * abs(np.linalg.det(grid.affine[:3, :3])))
+        scores = metrics.surface_scores(a, b, grid.spacing, tolerance_mm=2.0)
+        assert (row["hd95_mm"], row["nsd"]) == pytest.approx((scores.hd95_mm, scores.nsd))
+
+
+def test_surface_is_a_choice():
+    p, r = label_map(1), label_map(2)
+    assert all(np.isnan(row["hd95_mm"]) for row in evaluate(p, r, surface=False).rows)
+    area = evaluate(p, r, surface=Surface("area")).rows[0]["hd95_mm"]
+    want = metrics.surface_scores(p.array == 1, r.array == 1, GRID.spacing, definition="area").hd95_mm
+    assert area == pytest.approx(want)
+
+
+def test_missing_and_false_structures():
+    p = label_map(1, (3, 2), ("label 3", "Posterior"))
+    r = label_map(2, (1, 2), ("Anterior", "Posterior"))
+    rows = evaluate(p, r).rows
+    assert [(row["structure"], row["dice"] > 0) for row in rows] == [
+        ("Anterior", False), ("Posterior", True), ("label 3", False)
+    ]  # fmt: skip
+    assert rows[0]["volume_mm3"] == 0 < rows[0]["reference_volume_mm3"]
+    present = evaluate(p, r, labels_present=True).rows
+    assert [row["structure"] for row in present] == ["Anterior", "Posterior"]
+    assert np.isnan(evaluate(p, r, surface=Surface(missing="nan")).rows[0]["hd95_mm"])
+
+
+def test_structures_can_be_chosen_and_named():
+    p, r = label_map(1), label_map(2)
+    assert [row["structure"] for row in evaluate(p, r, structures=["Posterior"]).rows] == ["Posterior"]
+    assert [row["label"] for row in evaluate(p, r, structures=[2]).rows] == [2]
+    named = evaluate(p, r, structures={1: "head", 9: "tail"})
+    assert [row["structure"] for row in named.rows] == ["head", "tail"]
+    assert [e["n_defined"] for e in named.summary] == [1, 0, 1]
+    with pytest.raises(ValueError, match=r"structures must be among \['Anterior', 'Posterior'\], got \['x'\]"):
+        evaluate(p, r, structures=["x"])
+
+
+@pytest.mark.parametrize("layered", [False, True])
+def test_structures_of_other_numbers_match_by_name(layered):
+    r = label_map(2)
+    if layered:
+        structures = (Structure(1, "Posterior"), Structure(2, "Anterior"))
+        p = LabelMap(np.stack([r.array == 2, r.array == 1]), GRID, structures)
+    else:
+        swapped = np.array([0, 7, 3], np.uint8)[r.array]
+        p = LabelMap(swapped, GRID, (Structure(3, "Posterior"), Structure(7, "Anterior")))
+    assert [(row["structure"], row["label"], row["iou"]) for row in evaluate(p, r).rows] == [
+        ("Anterior", 1, 1.0), ("Posterior", 2, 1.0)
+    ]  # fmt: skip
+
+
+def test_overlapping_layers_and_probabilities():
+    layers = np.zeros((2, *GRID.shape), bool)
+    layers[0, 2:9], layers[1, 5:12] = True, True
+    structures = (Structure(1, "a"), Structure(2, "b"))
+    r = LabelMap(layers, GRID, structures)
+    p = LabelMap(np.where(layers, 0.9, 0.2).astype(np.float32), GRID, structures)
+    assert [row["dice"] for row in evaluate(p, r).rows] == [1, 1]
+
+
+def test_grids_must_agree():
+    shifted = Geometry.from_parts(
+        GRID.shape, GRID.spacing, GRID.to_world((0, 0, 0)) + np.array((0, 0, 0.5)), GRID.direction
+    )
+    p, r = label_map(1), label_map(2, grid=shifted)
+    with pytest.raises(GeometryError, match=r"prediction and reference of case must lie .* 0\.500 mm apart"):
+        evaluate(p, r)
+    with pytest.raises(GeometryError, match=r"shapes \(14, 11, 8\) and \(9, 5, 4\)"):
+        evaluate(p, label_map(2, grid=Geometry.from_parts((9, 5, 4), (1, 2, 3))))
+    (row, *_) = evaluate(p, r, resample=True).rows
+    assert row["volume_mm3"] > 0
+
+
+def test_skewed_grids_have_volumes_but_no_distances():
+    affine = np.array(GRID.affine)
+    affine[:3, 2] += 0.4 * affine[:3, 0]
+    skewed = Geometry(GRID.shape, affine)
+    p, r = label_map(1, grid=skewed), label_map(2, grid=skewed)
+    with pytest.raises(GeometryError, match="axes at right angles"):
+        evaluate(p, r)
+    for row in evaluate(p, r, surface=False).rows:
+        assert row["volume_mm3"] == pytest.approx(np.sum(p.array == row["label"]) * 0.8 * 1.1 * 3.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for n in range(5):
+        write(label_map(n), tmp_path / "p" / f"case_{n}.nii.gz")
+        write(label_map(n + 10), tmp_path / "r" / f"case_{n}.nii.gz")
+    return tmp_path / "p", tmp_path / "r"
+
+
+def test_folders_files_mappings_and_threads_agree(folders):
+    p, r = folders
+    seen: list[tuple[int, int]] = []
+    whole = evaluate(p, r, workers=3, progress=lambda done, n: seen.append((done, n)))
+    assert seen == [(n, 5) for n in range(1, 6)]
+    assert [row["case"] for row in whole.rows] == [f"case_{n}" for n in range(5) for _ in range(2)]
+    single = evaluate(p / "case_3.nii.gz", str(r / "case_3.nii.gz"))
+    assert single.rows == whole.rows[6:8]
+    mapped = evaluate({f"case_{n}": label_map(n) for n in range(5)}, r, workers=1)
+    assert [row["iou"] for row in mapped.rows] == [row["iou"] for row in whole.rows]
+    assert [row["iou"] for row in score_case("x", label_map(3), label_map(13))] == [row["iou"] for row in single.rows]
+
+
+def test_a_case_that_fails_is_a_row(folders):
+    p, r = folders
+    (p / "case_1.nii.gz").write_bytes((p / "case_1.nii.gz").read_bytes()[:60])
+    (p / "case_2.nii.gz").unlink()
+    other = Geometry.from_parts(GRID.shape, GRID.spacing, (0, 0, 0))
+    write(label_map(3, grid=other), p / "case_3.nii.gz", force=True)
+    write(label_map(9), p / "extra.nii.gz")
+    result = evaluate(p, r)
+    reasons = {row["case"]: row["error"] for row in result.failed}
+    assert sorted(reasons) == ["case_1", "case_2", "case_3", "extra"]
+    assert reasons["case_2"] == "prediction must exist for every case, got none"
+    assert reasons["extra"] == "reference must exist for every case, got none"
+    assert "mm apart" in reasons["case_3"]
+    assert {row["case"] for row in result.rows} - set(reasons) == {"case_0", "case_4"}
+    assert result.summary[0]["n"] == result.summary[0]["n_defined"] == 2
+    assert sorted(row["case"] for row in evaluate(p, r, common_only=True).failed) == ["case_1", "case_3"]
+
+
+def test_a_structure_in_some_cases_only_is_counted(tmp_path):
+    write(LabelMap(np.where(label_map(0).array == 1, 1, 0).astype(np.uint8), GRID), tmp_path / "p" / "a.nii.gz")
+    write(LabelMap(np.where(label_map(0).array == 1, 1, 0).astype(np.uint8), GRID), tmp_path / "r" / "a.nii.gz")
+    write(label_map(1), tmp_path / "p" / "b.nii.gz")
+    write(label_map(2), tmp_path / "r" / "b.nii.gz")
+    result = evaluate(tmp_path / "p", tmp_path / "r")
+    assert [(e["n"], e["n_defined"]) for e in result.summary] == [(2, 2), (2, 1), (2, 2)]
+    assert np.isnan([row["iou"] for row in result.rows if row["case"] == "a" and row["label"] == 2]).all()
+    kept = evaluate(tmp_path / "p", tmp_path / "r", labels_present=True)
+    assert [(e["n"], e["n_defined"]) for e in kept.summary] == [(2, 2), (1, 1), (2, 2)]
+
+
+def test_folders_without_a_match(folders, tmp_path):
+    p, r = folders
+    with pytest.raises(FileNotFoundError, match="prediction folder must hold label maps, got none in"):
+        (tmp_path / "empty").mkdir()
+        evaluate(tmp_path / "empty", r)
+    with pytest.raises(ValueError, match="must share case ids"):
+        evaluate({"x": label_map(0)}, r)
+    with pytest.raises(FileNotFoundError):
+        evaluate(p / "case_1.nii.gz", r / "nowhere.nii.gz")
+    (p / "case_1.nii").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"case ids must be unique in a folder, got case_1\.nii and case_1\.nii\.gz"):
+        evaluate(p, r)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Summary
+
+
+def rows_of(values: dict[str, list[float]]) -> Evaluation:
+    return Evaluation(
+        tuple(
+            {"case": str(n), "structure": name, "label": s, "iou": v, "dice": v}
+            for s, (name, column) in enumerate(values.items(), 1)
+            for n, v in enumerate(column)
+        )
+    )
+
+
+def test_summary_means_and_intervals():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0.8, 0.1, 60), rng.normal(0.5, 0.1, 60)
+    b[40:] = np.nan
+    summary = rows_of({"a": a.tolist(), "b": b.tolist()}).summary
+    assert [e["structure"] for e in summary] == ["a", "b", "mean"]
+    assert [e["n_defined"] for e in summary] == [60, 40, 60]
+    assert summary[0]["iou"]["mean"] == pytest.approx(a.mean())
+    assert summary[1]["iou"]["mean"] == pytest.approx(np.nanmean(b))
+    assert summary[2]["iou"]["mean"] == pytest.approx((a.mean() + np.nanmean(b)) / 2)
+    for e, values in zip(summary, (a, b[:40]), strict=False):  # the bootstrap tends to the normal interval
+        half = 1.96 * values.std() / np.sqrt(len(values))
+        assert e["iou"]["ci95"] == pytest.approx([values.mean() - half, values.mean() + half], abs=0.004)
+    assert rows_of({"a": a.tolist()}).summary[0]["iou"]["ci95"] == pytest.approx(
+        summary[0]["iou"]["ci95"]
+    )  # fixed seed
+
+
+def test_one_case_has_no_interval():
+    entry = rows_of({"a": [0.7]}).summary[0]
+    assert entry["iou"]["mean"] == 0.7
+    assert np.isnan(entry["iou"]["ci95"]).all()
+
+
+def test_json_csv_and_tables(folders, tmp_path):
+    p, r = folders
+    (p / "case_4.nii.gz").unlink()
+    result = evaluate(p, r, out=tmp_path / "out")
+    data = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert sorted(data) == ["cases", "summary"]
+    assert {"case", "structure", "iou", "dice", "hd95_mm", "nsd", "volume_mm3", "reference_volume_mm3"} <= set(
+        data["cases"][0]
+    )
+    assert data["cases"][-1]["iou"] is None
+    assert data["cases"][-1]["error"].startswith("prediction must exist")
+    entry = data["summary"][-1]
+    assert (entry["structure"], entry["n_defined"]) == ("mean", 4)
+    assert entry["iou"]["mean"] == pytest.approx(result.mean("iou"))
+    assert len(entry["dice"]["ci95"]) == 2
+    with (tmp_path / "out" / "metrics.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert float(table[0]["dice"]) == pytest.approx(result.rows[0]["dice"])
+    assert table[-1]["dice"] == ""
+    with pytest.raises(FileExistsError):
+        result.write(tmp_path / "out")
+    result.write(tmp_path / "out", force=True)
+    frame = result.to_pandas()
+    assert frame["iou"].mean() == pytest.approx(np.nanmean([row["iou"] for row in result.rows]))
+    html = result._repr_html_()
+    assert "Anterior" in html
+    assert "case_4" in html
+    assert repr(result).startswith("Evaluation(4 cases, 1 failed, mean iou 0.")
+    with pytest.raises(ValueError, match="metric must be one of"):
+        result.mean("accuracy")
+
+
+def test_nothing_scored_is_still_a_table():
+    result = Evaluation(({"case": "a", "structure": "", "error": "no"},))
+    assert result.summary[0]["n"] == 0
+    assert json.loads(result.to_json())["summary"][0]["iou"]["mean"] is None
