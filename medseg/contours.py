@@ -27,6 +27,7 @@ __all__ = [
     "HoleStyle",
     "bounding_box",
     "contours_of",
+    "fill_polygons",
     "join_keyholes",
     "mask_to_polygons",
     "polygons_to_mask",
@@ -90,9 +91,7 @@ def mask_to_polygons(mask: Array, style: ContourStyle = "edge", holes: HoleStyle
     return stack_to_polygons(mask[None], style, holes).get(0, [])
 
 
-def stack_to_polygons(
-    masks: Array, style: ContourStyle = "edge", holes: HoleStyle = "xor"
-) -> dict[int, list[Array]]:
+def stack_to_polygons(masks: Array, style: ContourStyle = "edge", holes: HoleStyle = "xor") -> dict[int, list[Array]]:
     """Contours of every slice of a stack (K, A, B) that has set pixels, as :func:`mask_to_polygons`; {k: [rings]}.
 
     All slices are traced at once in arrays; cost grows with the voxels of the bounding box and the corners found.
@@ -149,7 +148,8 @@ def _cycles(partner: list[int]) -> list[list[int]]:
     for start in range(0, len(partner), 2):
         if seen[start]:
             continue
-        ring, at = [], start
+        ring: list[int] = []
+        at = start
         while not seen[at]:
             across = at ^ 1
             seen[at] = seen[across] = 1
@@ -256,15 +256,33 @@ def polygons_to_mask(polygons: Sequence[Array], shape: tuple[int, int]) -> Array
     cumulative XOR. An edge is always evaluated from its lower end, so that an edge walked in both directions (a keyhole,
     a neighbour's border) cancels exactly. Cost O(crossings + pixels), memory O(pixels) whatever the polygons.
     """
-    rows, columns = shape
+    mask = np.zeros(shape, bool)
+    box, inside = fill_polygons(polygons, shape)
+    mask[box] = inside
+    return mask
+
+
+def fill_polygons(polygons: Sequence[Array], shape: tuple[int, int]) -> tuple[tuple[slice, slice], Array]:
+    """As :func:`polygons_to_mask`, only the box that holds all polygons: its slices and the bool mask in it."""
+    used = [_vertices(p) for p in polygons]
+    used = [p for p in used if len(p) >= 3]
+    if not used:
+        return (slice(0, 0), slice(0, 0)), np.zeros((0, 0), bool)
+    low = np.clip(np.floor(np.min([p.min(axis=0) for p in used], axis=0)), 0, shape).astype(int)
+    high = np.clip(np.ceil(np.max([p.max(axis=0) for p in used], axis=0)) + 1, low, shape).astype(int)
+    rows, columns = (high - low).tolist()
     toggles = np.zeros((rows, columns + 1), np.uint8)
-    for polygon in polygons:
-        p = np.asarray(polygon, np.float64)
-        if p.ndim != 2 or p.shape[1] != 2 or not np.isfinite(p).all():
-            raise ValueError(f"polygon must be (n, 2) finite vertices, got an array of shape {p.shape}")
-        if len(p) >= 3:
-            _toggle(toggles, p)
-    return np.logical_xor.accumulate(toggles[:, :columns].view(bool), axis=1)
+    for p in used:
+        _toggle(toggles, p - low)
+    box = slice(int(low[0]), int(high[0])), slice(int(low[1]), int(high[1]))
+    return box, np.logical_xor.accumulate(toggles[:, :columns].view(bool), axis=1)
+
+
+def _vertices(polygon: Array) -> Array:
+    p = np.asarray(polygon, np.float64)
+    if p.ndim != 2 or p.shape[1] != 2 or not np.isfinite(p).all():
+        raise ValueError(f"polygon must be (n, 2) finite vertices, got an array of shape {p.shape}")
+    return p
 
 
 def _toggle(toggles: Array, vertices: Array) -> None:

@@ -129,7 +129,9 @@ def read_channels(paths: Sequence[PathLike]) -> Volume:
     return replace(first, array=np.concatenate([first.array, *(volume.array for volume in others)]))
 
 
-def read_labels(path: PathLike, like: PathLike | Geometry | Volume | LabelMap | None = None) -> LabelMap:
+def read_labels(
+    path: PathLike, like: PathLike | Geometry | Volume | LabelMap | None = None, *, allow_mismatch: bool = False
+) -> LabelMap:
     """Read a label map: integers or layers, with the names of the structures where the file has them.
 
     Parameters
@@ -138,6 +140,8 @@ def read_labels(path: PathLike, like: PathLike | Geometry | Volume | LabelMap | 
         A NIfTI, NRRD, MetaImage, PNG, TIFF or BMP file, a DICOM-SEG or RTSTRUCT (or the folder that holds just one).
     like : path, Geometry, Volume or LabelMap, optional
         The grid: a SEG or RTSTRUCT is put on it; labels that have a grid of their own must lie on it within 0.01 mm.
+    allow_mismatch : bool
+        Whether a SEG or RTSTRUCT of another frame of reference than ``like`` is put on it all the same.
 
     Raises
     ------
@@ -147,15 +151,12 @@ def read_labels(path: PathLike, like: PathLike | Geometry | Volume | LabelMap | 
         If the values are not labels or the file is not readable (GeometryError, DicomError for grids and DICOM).
     """
     path = _existing(path)
-    grid = _grid(like)
+    grid, identity = _grid(like)
     if is_dicom(path):
         path, kind = _labels_object(path)
-        labels: LabelMap
-        if kind == "seg":
-            labels = _module("dicom_seg").read_seg(path, grid)
-        else:
-            labels = _module("rtstruct").read_rtstruct(path, grid)
-        return labels
+        read_object = _module("dicom_seg").read_seg if kind == "seg" else _module("rtstruct").read_rtstruct
+        found: LabelMap = read_object(path, grid, series=identity, allow_mismatch=allow_mismatch)
+        return found
     labels = _format(path).read_label_map(path)
     if grid is None:
         return labels
@@ -163,16 +164,18 @@ def read_labels(path: PathLike, like: PathLike | Geometry | Volume | LabelMap | 
     return replace(labels, geometry=grid)
 
 
-def _grid(like: PathLike | Geometry | Volume | LabelMap | None) -> Geometry | None:
+def _grid(like: PathLike | Geometry | Volume | LabelMap | None) -> tuple[Geometry | None, Any]:
+    """The grid that is meant, and for a DICOM series what identifies it (a SeriesIdentity)."""
     if like is None or isinstance(like, Geometry):
-        return like
+        return like, None
     if isinstance(like, Volume | LabelMap):
-        return like.geometry
+        frame = str(like.meta.get("frame_of_reference_uid", ""))
+        return like.geometry, _module("placing").SeriesIdentity(frame) if frame else None
     path = _existing(like)
     if is_dicom(path):
-        return read(path).geometry
-    grid: Geometry = _format(path).describe(path).geometry
-    return grid
+        grid, headers = _module("dicom").source_series(path)
+        return grid, _module("placing").SeriesIdentity.of(headers)
+    return _format(path).describe(path).geometry, None
 
 
 def _labels_object(path: Path) -> tuple[Path, str]:
@@ -221,9 +224,9 @@ def write(value: Volume | LabelMap, path: PathLike, source: PathLike | None = No
                 "(--like SERIES)"
             )
         if kind == "seg":
-            _module("dicom_seg").write_seg(value, path, _existing(source), force=force)
+            _module("dicom_seg_write").write_seg(value, path, _existing(source), force=force)
         else:
-            _module("rtstruct").write_rtstruct(value, path, _existing(source), force=force)
+            _module("rtstruct_write").write_rtstruct(value, path, _existing(source), force=force)
     elif isinstance(value, Volume) and (name.endswith((".dcm", "/", os.sep)) or not Path(path).suffix):
         _module("dicom_write").write_series(value, path, force=force)
     else:
