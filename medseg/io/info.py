@@ -42,6 +42,8 @@ class VolumeInfo:
         Index of a voxel centre to RAS+ millimetres; [] when unknown.
     quirks : tuple of str
         Sentences on what is unusual or had to be decided.
+    name : str
+        What ``--series`` takes and ``medseg convert`` calls the file; "" outside DICOM.
     """
 
     path: str
@@ -52,6 +54,7 @@ class VolumeInfo:
     spacing_mm: tuple[float, ...]
     affine: list[list[float]]
     quirks: tuple[str, ...] = ()
+    name: str = ""
 
     @property
     def geometry(self) -> Geometry:
@@ -69,4 +72,5 @@ class VolumeInfo:
             "spacing_mm": _json_value(self.spacing_mm),
             "affine": _json_value(self.affine),
             "quirks": list(self.quirks),
+            "name": self.name,
         }
