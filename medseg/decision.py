@@ -15,7 +15,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from medseg.sliding_window import Slab, argmax_labels, probabilities_of
+from medseg.sliding_window import Slab, labels_of, probabilities_of
 from medseg.volume import Geometry
 
 __all__ = ["decide", "probabilities_on"]
@@ -152,7 +152,7 @@ def _decide_plane(plane: _Plane) -> torch.Tensor:
     """
     logits, rows, columns = plane.logits, plane.rows, plane.columns
     mixed = len(logits)  # no class has this number
-    labels = argmax_labels(logits)
+    labels = labels_of(logits)
     cells = labels.clone()
     if not rows.exact:
         cells[:-1].masked_fill_(labels[1:] != labels[:-1], mixed)
@@ -161,11 +161,11 @@ def _decide_plane(plane: _Plane) -> torch.Tensor:
     result = cells[rows.low][:, columns.low]
     (points,) = torch.nonzero((result == mixed).view(-1), as_tuple=True)
     if len(points) > result.numel() // 4:
-        return argmax_labels(_interpolate_plane(plane))
+        return labels_of(_interpolate_plane(plane))
     for some in points.split(CHUNK):
         u, v = some // result.shape[1], some % result.shape[1]
         ends = [(rows.low[u], rows.high[u], rows.fraction[u]), (columns.low[v], columns.high[v], columns.fraction[v])]
-        result.view(-1)[some] = argmax_labels(_interpolate_points(logits, ends))
+        result.view(-1)[some] = labels_of(_interpolate_points(logits, ends))
     return result
 
 
@@ -254,9 +254,11 @@ def decide(
     grows with the target's voxels, for all classes only near boundaries. Grids oblique to each other need all logits
     of the source at once, and about 8 K operations per voxel of the target.
     """
-    if overlapping:
-        return _fill(logits, source, target, lambda plane: _interpolate_plane(plane) >= 0, lambda v: v >= 0, False)
-    return _fill(logits, source, target, _decide_plane, argmax_labels, False)
+
+    def of_plane(plane: _Plane) -> torch.Tensor:
+        return labels_of(_interpolate_plane(plane), overlapping) if overlapping else _decide_plane(plane)
+
+    return _fill(logits, source, target, of_plane, lambda values: labels_of(values, overlapping), False)
 
 
 def probabilities_on(

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 
 __all__ = [
     "Slab",
-    "argmax_labels",
     "gaussian_weights",
+    "labels_of",
     "predict_labels",
     "predict_probabilities",
     "probabilities_of",
@@ -265,30 +265,34 @@ def _run(
     return logits
 
 
-def argmax_labels(logits: torch.Tensor) -> torch.Tensor:
-    """The class of the largest of the logits (K, ...) at each voxel; the first of equals.
+def labels_of(logits: torch.Tensor, overlapping: bool = False) -> torch.Tensor:
+    """The class of the largest of the logits (K, ...) at each voxel, the first of equals.
 
     Returns
     -------
-    (...) tensor of uint8, or of int16 for more than 255 classes
+    (...) tensor of uint8 (int16 for more than 255 classes); where the classes are ``overlapping``, a (K, ...) tensor of
+    bool: the logit is at least 0, so the probability at least 0.5
 
     Raises
     ------
     ValueError
         If a logit is NaN.
     """
+    if overlapping:
+        _require_numbers(logits)
+        return logits >= 0
     best = logits[0].clone()
     labels = torch.zeros_like(best, dtype=torch.uint8 if len(logits) < 256 else torch.int16)
     for number, one in enumerate(logits[1:], start=1):
         labels.masked_fill_(one > best, number)
         torch.maximum(best, one, out=best)
-    _require_finite(best)
+    _require_numbers(best)
     return labels
 
 
-def _require_finite(values: torch.Tensor) -> None:
-    if bool(torch.isnan(values.sum())):
-        raise ValueError("logits must be numbers, got NaN; look for NaN in the image or run without half precision")
+def _require_numbers(values: torch.Tensor) -> None:
+    if bool(torch.isnan(values.sum())) and bool(torch.isnan(values).any()):
+        raise ValueError("logits must be numbers, got NaN; look for NaN in the image, or run without half precision")
 
 
 def probabilities_of(logits: torch.Tensor, overlapping: bool = False) -> torch.Tensor:
@@ -324,7 +328,7 @@ def predict_labels(
     slabs = sliding_logits_slabs(
         network, image, patch, overlap=overlap, batch=batch, device=device, autocast=autocast, progress=progress
     )
-    return _assemble(slabs, image.shape[1:], lambda logits: logits >= 0 if overlapping else argmax_labels(logits))
+    return _assemble(slabs, image.shape[1:], lambda logits: labels_of(logits, overlapping))
 
 
 def predict_probabilities(
