@@ -25,7 +25,7 @@ _PUBLIC = {
     "pad": "resample",
     "straighten": "resample",
     "load_dataset": "data",
-    "check": "data",
+    "check": "doctor",
     "Plan": "plan",
     "make_plan": "plan",
     "TrainConfig": "config",
