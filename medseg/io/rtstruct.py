@@ -270,7 +270,7 @@ def _draw(roi: _Roi, canvas: Canvas) -> None:
         elif (np.delete(high, axis) < -0.5).any() or (np.delete(low - shape, axis) > -0.5).any():
             roi.skipped["beside the grid"] += 1
         else:
-            if (np.delete(low, axis) < -0.51).any() or (np.delete(high - shape, axis) > -0.49).any():
+            if (np.delete(low, axis) <= -1).any() or (np.delete(high - shape, axis) >= 0).any():  # past a centre
                 roi.skipped["clipped at the border"] += 1
             planes[axis, k].append((at - k, np.delete(index, axis, axis=1)[:, ::-1]))
     for (axis, k), found in planes.items():
