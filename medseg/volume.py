@@ -244,9 +244,7 @@ class Volume:
         if array.ndim == 3:
             array = array[None]
         if array.ndim != 4 or array.shape[1:] != self.geometry.shape:
-            raise GeometryError(
-                f"voxels must have shape (C, *{self.geometry.shape}) as their grid, got {array.shape}"
-            )
+            raise GeometryError(f"voxels must have shape (C, *{self.geometry.shape}) as their grid, got {array.shape}")
         if not np.issubdtype(array.dtype, np.number) and array.dtype != bool:
             raise TypeError(f"voxels must be numbers, got {array.dtype}")
         object.__setattr__(self, "array", _frozen(array))
@@ -446,7 +444,11 @@ def present_labels(array: Array) -> list[int]:
 
 
 def _planes_png(array: Array, geometry: Geometry) -> bytes:
-    """PNG of the three middle planes, pixels square in mm; grey (I, J, K) or colour (I, J, K, 3) voxels."""
+    """PNG of the three middle planes, pixels square in mm; grey (I, J, K) or colour (I, J, K, 3) voxels.
+
+    As radiologists look at them: the patient's Left, or Posterior, at the right; Anterior, or Superior, at the top.
+    """
+    array = np.flip(array, [axis for axis, letter in enumerate(geometry.orientation) if letter in "RAS"])
     if array.ndim == 3:
         low, high = np.nanpercentile(array[tuple(slice(None, None, max(1, n // 64)) for n in array.shape)], (0.5, 99.5))
         array = (255 * np.clip((np.nan_to_num(array) - low) / max(high - low, 1e-9), 0, 1)).astype(np.uint8)
@@ -455,7 +457,7 @@ def _planes_png(array: Array, geometry: Geometry) -> bytes:
         if geometry.shape[axis] > 1 and min(np.delete(geometry.shape, axis)) == 1:
             continue  # an edge-on view of a single slice shows nothing
         across, down = (a for a in range(3) if a != axis)
-        plane = np.flip(np.moveaxis(np.take(array, middle[axis], axis), 0, 1), 0)
+        plane = np.moveaxis(np.take(array, middle[axis], axis), 0, 1)
         size = np.array([geometry.shape[across] * spacing[across], geometry.shape[down] * spacing[down]])
         tile = Image.fromarray(np.ascontiguousarray(plane)).convert("RGB")
         tiles.append(tile.resize([max(1, int(s)) for s in size * 256 / size.max()]))
