@@ -448,7 +448,7 @@ def _planes_png(array: Array, geometry: Geometry) -> bytes:
 
     As radiologists look at them: the patient's Left, or Posterior, at the right; Anterior, or Superior, at the top.
     """
-    array = np.flip(array, [axis for axis, letter in enumerate(geometry.orientation) if letter in "RAS"])
+    array = np.flip(array, tuple(axis for axis, letter in enumerate(geometry.orientation) if letter in "RAS"))
     if array.ndim == 3:
         low, high = np.nanpercentile(array[tuple(slice(None, None, max(1, n // 64)) for n in array.shape)], (0.5, 99.5))
         array = (255 * np.clip((np.nan_to_num(array) - low) / max(high - low, 1e-9), 0, 1)).astype(np.uint8)
