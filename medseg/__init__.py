@@ -30,13 +30,16 @@ _PUBLIC = {
     "make_plan": "plan",
     "TrainConfig": "config",
     "train": "training",
+    "Run": "run",
+    "Predictor": "inference",
     "predict": "inference",
     "evaluate": "evaluation",
     "refine": "crf",
+    "CRFParameters": "crf",
     "MODELS": "models",
     "build_model": "models",
-    "write_report": "report",
 }
+_MODULES = ("batch", "contours", "crf", "crf_fit", "data", "demo", "io", "losses", "metrics", "plan", "report")
 
 __all__ = ["__version__", *_PUBLIC]
 
@@ -46,8 +49,10 @@ def __getattr__(name: str) -> Any:
         value = getattr(import_module(f"medseg.{_PUBLIC[name]}"), name)
         globals()[name] = value
         return value
+    if name in _MODULES:
+        return import_module(f"medseg.{name}")
     raise AttributeError(f"module 'medseg' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PUBLIC])
+    return sorted({*globals(), *_PUBLIC, *_MODULES})

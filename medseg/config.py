@@ -18,9 +18,9 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    def save(self, path: str | Path) -> None:
-        """Write as JSON, atomically, over what was there."""
-        with atomic_path(path, force=True) as temporary:
+    def save(self, path: str | Path, *, force: bool = False) -> None:
+        """Write as JSON, atomically; over what was there only with ``force``."""
+        with atomic_path(path, force=force) as temporary:
             temporary.write_text(self.model_dump_json(indent=1) + "\n")
 
     @classmethod
@@ -44,7 +44,9 @@ class Record(BaseModel):
         except ValidationError as problem:
             first = problem.errors()[0]
             where = ".".join(str(p) for p in first["loc"]) or "entry"
-            raise ValueError(f"{where} in {path} must be valid: {first['msg']}, got {first['input']!r}"[:500]) from problem
+            raise ValueError(
+                f"{where} in {path} must be valid: {first['msg']}, got {first['input']!r}"[:500]
+            ) from problem
 
 
 class TrainConfig(Record):
@@ -55,7 +57,7 @@ class TrainConfig(Record):
 
     dataset: Path
     out: Path
-    model: str = "unet3d"
+    model: str | None = Field(None, description="a name of MODELS; as the images are when not given")
     fold: int = Field(0, ge=0, description="which fold is held out for validation")
     folds: int = Field(5, ge=2, description="number of folds")
     epochs: int | None = Field(None, ge=1, description="epochs; one epoch draws as many patches as there are cases")

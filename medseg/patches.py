@@ -16,6 +16,7 @@ from medseg.io.files import atomic_path
 from medseg.losses import IGNORE
 from medseg.plan import Plan
 from medseg.transforms import preprocessing
+from medseg.volume import Geometry
 
 __all__ = ["PreparedCase", "draw_batch", "prepare"]
 
@@ -31,6 +32,7 @@ class PreparedCase:
     """
 
     id: str
+    geometry: Geometry
     image: np.ndarray
     label: np.ndarray
     places: dict[int, np.ndarray]
@@ -57,14 +59,15 @@ def prepare(
         sources = [p for p in (*case.images, case.label) if p is not None]
         facts = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in sources]
         key = hashlib.sha256(f"{recipe}{facts}".encode()).hexdigest()[:16]
-        image_path, label_path = (folder / f"{case.id}.{key}.{kind}.npy" for kind in ("image", "label"))
-        if not (image_path.exists() and label_path.exists()):
+        paths = [folder / f"{case.id}.{key}.{kind}.npy" for kind in ("affine", "label", "image")]
+        if not all(path.exists() for path in paths):
             data = pipeline({"case": case.id, "image": case.images, "label": case.label})
-            for path, array in ((label_path, data["label"].numpy()), (image_path, data["image"].numpy())):
+            arrays = (data["geometry"].affine, data["label"].numpy(), data["image"].numpy())
+            for path, array in zip(paths, arrays, strict=True):
                 with atomic_path(path, force=True) as temporary, temporary.open("wb") as file:
                     np.save(file, array, allow_pickle=False)
-        image, label = (np.load(path, mmap_mode="r", allow_pickle=False) for path in (image_path, label_path))
-        return PreparedCase(case.id, image, label, _places(label))
+        affine, label, image = (np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
+        return PreparedCase(case.id, Geometry(label.shape, np.array(affine)), image, label, _places(label))
 
     prepared = []
     with ThreadPoolExecutor(max(1, workers)) as pool:

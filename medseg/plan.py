@@ -77,6 +77,24 @@ class Plan(Record):
     mirror: tuple[int, ...]
     reasons: Mapping[str, str] = {}
 
+    def summary(self) -> dict[str, str]:
+        """Each entry in words, in the order of the plan."""
+        by = " x "
+        spacing = by.join("native" if s is None else f"{s:g}" for s in self.spacing)
+        return {
+            "model": self.model,
+            "channels": "; ".join(f"{c.name}: {c.scheme}" for c in self.channels),
+            "structures": ", ".join(f"{s.number} {s.name}" for s in self.structures),
+            "orientation": self.orientation or "as stored",
+            "spacing": f"{spacing} mm",
+            "patch": by.join(map(str, self.patch)),
+            "batch": str(self.batch),
+            "features": ", ".join(map(str, self.features)),
+            "strides": ", ".join(by.join(map(str, s)) for s in self.strides),
+            "kernels": ", ".join(by.join(map(str, k)) for k in self.kernels),
+            "mirror": ", ".join(f"axis {a}" for a in self.mirror) or "off",
+        }
+
     def as_structures(self) -> tuple[Structure, ...]:
         """The structures of predicted label maps."""
         return tuple(Structure(s.number, s.name, s.color) for s in self.structures)
@@ -175,12 +193,13 @@ def make_plan(
     budget = GPU_BATCH_VOXELS if on_gpu else CPU_BATCH_VOXELS
     patch, strides, kernels = _choose_patch(shape[:dims], [s or 1.0 for s in spacing[:dims]], budget // 2, reasons)
     widths = (32, 64, 128, 256, 320, 320, 320) if on_gpu or dims == 2 else (16, 32, 64, 128, 160, 160, 160)
-    reasons["features"] = (
-        f"{widths[0]} in the finest stage, doubled per stage: " + ("room on the GPU" if on_gpu else "what a CPU trains in minutes")
-    )  # fmt: skip
+    why = "room on the GPU" if on_gpu else "what a CPU trains in minutes"
+    reasons["features"] = f"{widths[0]} in the finest stage, doubled per stage: {why}"
     voxels = int(np.prod(patch))
     batch = int(np.clip(budget // voxels, 2, 16))
-    reasons["batch"] = f"{batch} patches of {voxels} voxels: about {budget} voxels a step on the {'GPU' if on_gpu else 'CPU'}"
+    reasons["batch"] = (
+        f"{batch} patches of {voxels} voxels: about {budget} voxels a step on the {'GPU' if on_gpu else 'CPU'}"
+    )
     return Plan(
         model=model,
         dims=dims,  # type: ignore[arg-type]
@@ -222,24 +241,29 @@ def _choose_grid(
         reasons["orientation"] = "pictures stay as they are stored"
         reasons["spacing"] = "median of the pictures"
         sizes = np.array([np.array(look.shape) * look.spacing / median for look in looks])
-        size = tuple(int(round(v)) for v in np.median(sizes, axis=0))
+        size = tuple(np.median(sizes, axis=0).round().astype(int).tolist())
         return None, (median[0], median[1], None), size  # type: ignore[return-value]
     spacings = np.array([look.spacing for look in looks])
     median_spacing = np.median(spacings, axis=0)
     thick = int(np.argmax(median_spacing)) if median_spacing.max() > 1.05 * median_spacing.min() else 2
     order = [a for a in range(3) if a != thick] + [thick]
     orientation = "".join("RAS"[a] for a in order)
-    reasons["orientation"] = f"{orientation}: slices ({'RAS'[thick]} is the widest spacing) along the last axis"
+    widest = "the widest spacing is" if thick != 2 or median_spacing[2] > median_spacing[:2].max() else "slices are"
+    reasons["orientation"] = f"{orientation}: one orientation for all, {widest} along the last axis"
     spacings = spacings[:, order]
     spacing = np.median(spacings, axis=0)
     why = "median of the training cases"
     sizes = np.array([look.shape for look in looks])[:, order] * spacings
     others = spacing[:2].max()
-    if dims == 3 and spacing[2] > 3 * others and np.median(sizes[:, 2]) / spacing[2] * 3 < np.median(sizes[:, :2]) / others:
+    if (
+        dims == 3
+        and spacing[2] > 3 * others
+        and np.median(sizes[:, 2]) / spacing[2] * 3 < np.median(sizes[:, :2]) / others
+    ):
         spacing[2] = max(np.percentile(spacings[:, 2], 10), others)
         why += "; 10th percentile across the thick slices, so that thin ones keep their detail"
     rounded = tuple(round(float(s), 4) for s in spacing)
-    shape = tuple(int(max(1, round(v))) for v in np.median(sizes / np.asarray(rounded), axis=0))
+    shape = tuple(np.maximum(1, np.median(sizes / np.asarray(rounded), axis=0).round()).astype(int).tolist())
     reasons["spacing"] = why + ("; slices stay as they are" if dims == 2 else "")
     return orientation, (rounded[0], rounded[1], rounded[2] if dims == 3 else None), shape  # type: ignore[return-value]
 
@@ -269,7 +293,9 @@ def _choose_structures(
     names = dict(declared) if declared is not None else {n: f"label {n}" for n in sorted(seen)}
     absent = [f"{name} ({n})" for n, name in names.items() if n not in seen]
     if absent:
-        raise ValueError(f"structures must occur in the training cases, got none of {', '.join(absent)}; drop the label")
+        raise ValueError(
+            f"structures must occur in the training cases, got none of {', '.join(absent)}; drop the label"
+        )
     reasons["structures"] = "declared by the data set" if declared is not None else "the values present in the labels"
     return tuple(StructurePlan(number=n, name=names[n], color=default_color(n)) for n in sorted(names))
 
@@ -315,7 +341,9 @@ def _choose_normalisation(
     count = len(looks[0].samples)
     for look in looks:
         if len(look.samples) != count:
-            raise ValueError(f"images must have {count} channels as {looks[0].id} has, got {len(look.samples)} in {look.id}")
+            raise ValueError(
+                f"images must have {count} channels as {looks[0].id} has, got {len(look.samples)} in {look.id}"
+            )
     names = dataset.channels if len(dataset.channels) == count else tuple(f"channel {c}" for c in range(count))
     plans, why = [], []
     for c, name in enumerate(names):
@@ -328,7 +356,9 @@ def _choose_normalisation(
             inside = np.clip(values, low, high)
             mean, std = float(inside.mean()), float(inside.std()) or 1.0
             plans.append(ChannelPlan(name=name, scheme="ct", low=low, high=high, mean=mean, std=std))
-            why.append(f"{name}: CT, clipped to the 0.5 to 99.5 percentiles of the foreground ({low:.0f} to {high:.0f} HU)")
+            why.append(
+                f"{name}: CT, clipped to the 0.5 to 99.5 percentiles of the foreground ({low:.0f} to {high:.0f} HU)"
+            )
         elif count == 3 and all(look.picture and look.integers for look in looks):
             plans.append(ChannelPlan(name=name, scheme="color", mean=mean, std=std))
             why.append(f"{name}: colour, by mean and spread of the training set")
@@ -375,5 +405,7 @@ def pick_device(device: str) -> torch.device:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:n, got {device!r}")
     chosen = torch.device(device)
     if chosen.type == "cuda" and not (torch.cuda.is_available() and (chosen.index or 0) < torch.cuda.device_count()):
-        raise ValueError(f"device must be present, got {device} on a machine with {torch.cuda.device_count()} GPUs; use cpu")
+        raise ValueError(
+            f"device must be present, got {device} on a machine with {torch.cuda.device_count()} GPUs; use cpu"
+        )
     return chosen

@@ -20,6 +20,7 @@ from medseg.config import TrainConfig
 from medseg.io.files import atomic_path
 from medseg.models import build_model
 from medseg.plan import FORMAT, Plan
+from medseg.scores import Evaluation
 
 __all__ = ["Run", "environment"]
 
@@ -43,8 +44,8 @@ class Run:
     def create(cls, path: Path, config: TrainConfig, plan: Plan) -> Run:
         """Make the folder (or write over config and plan of a fresh one) and return the run."""
         path.mkdir(parents=True, exist_ok=True)
-        config.save(path / "config.json")
-        plan.save(path / "plan.json")
+        config.save(path / "config.json", force=True)
+        plan.save(path / "plan.json", force=True)
         write_json(path / "environment.json", environment())
         return cls(path, config, plan)
 
@@ -101,6 +102,19 @@ class Run:
         except (SafetensorError, RuntimeError) as problem:
             raise ValueError(f"weights must fit the plan, got in {path}: {str(problem)[:300]}") from problem
         return network.to(device).eval()
+
+    def evaluation(self) -> Evaluation:
+        """The metrics of the validation cases.
+
+        Raises
+        ------
+        FileNotFoundError
+            If the training has not finished.
+        """
+        path = self.path / "metrics.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"run must have finished, got no metrics.json in {self.path}; go on with --resume")
+        return Evaluation(tuple(json.loads(path.read_text())["cases"]))
 
     def save_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Write the best weights, atomically."""

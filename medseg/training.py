@@ -11,10 +11,10 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,10 +29,11 @@ from medseg.config import TrainConfig
 from medseg.data import Case, folds, load_dataset
 from medseg.evaluation import Evaluation, score_case
 from medseg.inference import Predictor
-from medseg.io import read_labels
+from medseg.io import read_channels, read_labels
 from medseg.losses import DeepSupervision, DiceBCELoss
 from medseg.patches import PreparedCase, draw_batch, prepare
 from medseg.plan import Plan, make_plan, pick_device
+from medseg.report import Block, picture_blocks, report_of_run
 from medseg.run import Run, write_json
 from medseg.transforms import Augmentation
 
@@ -80,12 +81,19 @@ def train(config: TrainConfig, plan: Plan | None = None) -> Run:
     else:
         if config.out.exists() and any(config.out.iterdir()):
             if not config.force:
-                raise FileExistsError(f"run folder must be new, got {config.out}; use --resume, --force or another --out")
+                raise FileExistsError(
+                    f"run folder must be new, got {config.out}; use --resume, --force or another --out"
+                )
             shutil.rmtree(config.out)
         with _bar("planning", len(training)) as update:
             plan = plan or (Plan.load(config.plan) if config.plan else None)
             plan = plan or make_plan(
-                dataset, training, model=config.model, device=str(fabric_device), workers=config.workers, progress=update
+                dataset,
+                training,
+                model=config.model,
+                device=str(fabric_device),
+                workers=config.workers,
+                progress=update,
             )
         run = Run.create(config.out, config, plan)
     with _bar("preprocessing", len(cases)) as update:
@@ -127,13 +135,15 @@ class Learner:
         self.device = pick_device(config.device)
         self.batch = config.batch or plan.batch
         network = self.run.build().to(memory_format=_memory_format(plan.dims))
-        precision = config.precision
-        if precision == "auto":
-            precision = _fastest_precision(network, plan, self.device)
-        self.precision = precision
+        auto = config.precision == "auto"
+        precision: Any = _fastest_precision(network, plan, self.device) if auto else config.precision
+        self.precision = str(precision)
         self.fabric = Fabric(accelerator=self.device.type, devices=1, precision=precision)
         optimizer = torch.optim.AdamW(
-            network.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=self.device.type == "cpu"
+            network.parameters(),
+            config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=self.device.type == "cpu",
         )
         self.network, self.optimizer = self.fabric.setup(network, optimizer)
         self.network.mark_forward_method("multiscale")
@@ -143,7 +153,7 @@ class Learner:
         self.epoch_steps = max(MIN_STEPS, math.ceil(len(self.training) / self.batch))
         self.total_steps = None if config.minutes else (config.epochs or 100) * self.epoch_steps
         self.validation_s = 0.0
-        self.next_validation = 0.0
+        self.next_validation = 0.1
         if config.resume:
             self._restore(*self.run.load_checkpoint())
 
@@ -175,7 +185,12 @@ class Learner:
         """Train to the end of the budget, then validate the best weights on all cases."""
         writer = SummaryWriter(str(self.run.path / "tensorboard"))
         threads = ThreadPoolExecutor(1)
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.fields[left]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+        )
         try:
             with Progress(*columns, console=Console(stderr=True), refresh_per_second=2) as bar:
                 task = bar.add_task("training", total=1.0, left="")
@@ -186,13 +201,9 @@ class Learner:
                     ahead = threads.submit(self._draw, self.step + 1)
                     losses.append(self._train_step(images, labels))
                     self.step += 1
-                    epoch = self.step / self.epoch_steps
-                    bar.update(
-                        task,
-                        completed=self.progress,
-                        description=f"epoch {epoch:.1f}  loss {np.mean(losses[-20:]):.3f}  best IoU {max(self.best_iou, 0):.3f}",
-                        left=self._time_left(),
-                    )
+                    words = f"epoch {self.step / self.epoch_steps:.1f}  loss {np.mean(losses[-20:]):.3f}"
+                    words += f"  best IoU {self.best_iou:.3f}" if self.best_iou >= 0 else ""
+                    bar.update(task, completed=self.progress, description=words, left=self._time_left())
                     if self.progress >= self.next_validation or self.progress >= 1:
                         self._validate(float(np.mean(losses)), writer)
                         losses = []
@@ -233,7 +244,8 @@ class Learner:
 
     def _validate(self, loss: float, writer: SummaryWriter) -> None:
         begin = time.monotonic()
-        rows = [row for i in self.shown for row in self._score(i, surface=False)]
+        predictor = self._predictor()
+        rows = [row for i in self.shown for row in self._score(predictor, i, surface=False)]
         self.validation_s = time.monotonic() - begin
         iou = _mean(row["iou"] for row in rows)
         at = {"step": self.step, "epoch": self.step / self.epoch_steps, "minutes": self.elapsed_s / 60}
@@ -252,34 +264,47 @@ class Learner:
         spent = self.elapsed_s / max(self.progress, 1e-6)  # expected seconds of the whole training
         self.next_validation = self.progress + max(0.05, 9 * self.validation_s / spent)
 
-    def _score(self, index: int, surface: bool) -> list[dict[str, Any]]:
+    def _score(self, predictor: Predictor, index: int, surface: bool) -> list[dict[str, Any]]:
         """Rows of metrics of one validation case, predicted with the averaged weights, on its native grid."""
         case, prepared = self.validation[index], self.prepared_validation[index]
         if case.label is None:
             raise ValueError(f"validation case must have a label, got none for {case.id}")
         reference = read_labels(case.label).exclusive()
-        prediction = self._predictor().from_prepared(np.asarray(prepared.image), reference.geometry)
+        prediction = predictor.from_prepared(prepared.image, prepared.geometry, reference.geometry)
         return score_case(case.id, prediction, reference, surface=surface)
 
     def _predictor(self) -> Predictor:
-        network = self.run.build().to(self.device, memory_format=_memory_format(self.run.plan.dims))
+        network = self.run.build()
         network.load_state_dict(self.ema)
+        network = network.to(self.device).to(memory_format=_memory_format(self.run.plan.dims))  # type: ignore[call-overload]
         return Predictor(self.run.plan, network.eval(), self.device, self.precision)
 
     def _finish(self) -> None:
-        best = self.run.network()
-        self.ema = {name: t.to(self.device) for name, t in best.state_dict().items()}
+        predictor = replace(Predictor.load(self.run, str(self.device)), precision=self.precision)
         with _bar("validation", len(self.validation)) as update:
             rows = []
             for i in range(len(self.validation)):
-                rows += self._score(i, surface=True)
+                rows += self._score(predictor, i, surface=True)
                 update(i + 1)
-        evaluation = Evaluation(rows)
+        evaluation = Evaluation(tuple(rows))
         evaluation.write(self.run.path, force=True)
+        report_of_run(self.run, pictures=self._pictures(predictor, evaluation))
         log.info(
             "validation of %d cases: mean IoU %.3f, mean Dice %.3f after %.1f min",
             len(self.validation), evaluation.mean("iou"), evaluation.mean("dice"), self.elapsed_s / 60,
         )  # fmt: skip
+
+    def _pictures(self, predictor: Predictor, evaluation: Evaluation) -> list[Block]:
+        """The worst and the median validation case, with contours of prediction and reference."""
+        dice = [_mean(r["dice"] for r in evaluation.rows if r["case"] == c.id) for c in self.validation]
+        order = np.argsort(dice)
+        blocks: list[Block] = []
+        for name, i in {"worst": order[0], "median": order[len(order) // 2]}.items():
+            case = self.validation[i]
+            image, reference = read_channels(case.images), read_labels(str(case.label)).exclusive()
+            prediction, _ = predictor.predict(image)
+            blocks += picture_blocks(f"{name} case {case.id}, mean Dice {dice[i]:.3f}", image, prediction, reference)
+        return blocks
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -323,7 +348,7 @@ def _schedule(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
 
 
-def _mean(values: Iterator[float]) -> float:
+def _mean(values: Iterable[float]) -> float:
     array = np.array(list(values), float)
     return float(np.nanmean(array)) if np.isfinite(array).any() else 0.0
 

@@ -234,7 +234,9 @@ class Augmentation:
             return values.to(device).view(shape)
 
         blur, low_res = uniform(0.5, 1.0, 0.2, 0.0), uniform(0.5, 1.0, 0.2, 1.0)
-        images = torch.stack([_blurred(x, float(s)) if s > 0 else x for x, s in zip(images, blur.flatten(), strict=True)])
+        images = torch.stack(
+            [_blurred(x, float(s)) if s > 0 else x for x, s in zip(images, blur.flatten(), strict=True)]
+        )
         images = torch.stack(
             [_low_resolution(x, float(z)) if z < 1 else x for x, z in zip(images, low_res.flatten(), strict=True)]
         )
@@ -276,13 +278,16 @@ def _rotation(angles: Sequence[float], dims: int, only_about: int | None) -> Ten
 def _blurred(image: Tensor, sigma: float) -> Tensor:
     """One image (C, *S) convolved with a Gaussian of ``sigma`` voxels along every axis; borders repeat."""
     offsets = torch.arange(-3, 4, dtype=torch.float32, device=image.device)
-    kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
-    kernel = (kernel / kernel.sum()).tolist()
+    weights = torch.exp(-(offsets**2) / (2 * sigma**2))
+    kernel = (weights / weights.sum()).tolist()
     for axis in range(1, image.ndim):
         n = image.shape[axis]
         index = torch.arange(n, device=image.device)
         image = sum(
-            (image.index_select(axis, (index + o).clamp(0, n - 1)) * w for o, w in zip(range(-3, 4), kernel, strict=True)),
+            (
+                image.index_select(axis, (index + o).clamp(0, n - 1)) * w
+                for o, w in zip(range(-3, 4), kernel, strict=True)
+            ),
             torch.zeros_like(image),
         )
     return image

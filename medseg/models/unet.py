@@ -24,8 +24,9 @@ from torch.nn import functional as F
 
 __all__ = ["UNet"]
 
-CONV = {2: nn.Conv2d, 3: nn.Conv3d}
-UP = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+CONV: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
+UP: dict[int, Any] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+POOL: dict[int, Any] = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
 
 class _InstanceNormCPU(torch.autograd.Function):
@@ -97,7 +98,7 @@ class ResidualBlock(nn.Module):
         self.first = ConvBlock(dims, inputs, outputs, kernel, stride)
         self.second = CONV[dims](outputs, outputs, tuple(kernel), 1, padding, bias=False)
         self.norm = InstanceNorm(outputs)
-        self.pool = {2: nn.AvgPool2d, 3: nn.AvgPool3d}[dims](tuple(stride)) if max(stride) > 1 else nn.Identity()
+        self.pool = POOL[dims](tuple(stride)) if max(stride) > 1 else nn.Identity()
         self.project = CONV[dims](inputs, outputs, 1, bias=False) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
