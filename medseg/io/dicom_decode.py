@@ -77,7 +77,8 @@ def decode_frame(frame: bytes, syntax: str, options: Mapping[str, Any], name: st
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             decoder = get_decoder(UID(syntax))
-            array, _ = decoder.as_array(encapsulate([frame]), index=0, **options, number_of_frames=1)
+            asked: dict[str, Any] = {**options, "number_of_frames": 1}
+            array, _ = decoder.as_array(encapsulate([frame]), index=0, **asked)
     except DECODE_ERRORS as error:
         reason = "no decoder for it is installed" if isinstance(error, NotImplementedError) else type(error).__name__
         title = UID(syntax).name if UID(syntax).is_transfer_syntax else "an unknown transfer syntax"

@@ -283,7 +283,7 @@ def _time_points(frames: list[Frame]) -> tuple[list[list[Frame]], str]:
     for name in TIMES:
         parts = _partition(frames, lambda f, name=name: f.order.get(name))  # type: ignore[misc]
         seen = [Counter(of[id(f)] for f in part) for part in parts]
-        if len(parts) > 1 and all(s == seen[0] for s in seen):
+        if len(parts) > 1 and all(s.keys() == seen[0].keys() and len(set(s.values())) == 1 for s in seen):
             finer = [_time_points(part) for part in sorted(parts, key=lambda p: min(map(_sortable, p)))]
             if all(by for _, by in finer):
                 inner = next((by for _, by in finer if by != "nothing needed"), "")

@@ -46,11 +46,12 @@ def kind_of_file(path: PathLike) -> str:
         return "other"
 
 
-def scan(path: PathLike) -> Scan:
+def scan(path: PathLike, show_patient: bool = False) -> Scan:
     """Find the volumes in a folder (with its subfolders), file, zip or DICOMDIR.
 
-    Reads the headers only, some 16 KiB a file, several files at a time; pixel data are read where only they can tell a
-    duplicate from a second time point. Memory: about 6 KiB a file.
+    Names begin with the patient's id and name with ``show_patient``. Reads the headers only, some 16 KiB a file, several
+    files at a time; pixel data are read where only they can tell a duplicate from a second time point. Memory: about
+    6 KiB a file.
 
     Raises
     ------
@@ -69,7 +70,7 @@ def scan(path: PathLike) -> Scan:
         reason = problems[0] if len(problems) == 1 and len(folder.files) == 1 else f"{len(folder.files)} other files"
         raise DicomError(f"input must hold DICOM images, got {reason} in {Path(path).name}")
     stacks = group(frames, same_pixels)
-    _name(stacks)
+    _name(stacks, show_patient)
     notes = [*folder.notes]
     if problems:
         more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
@@ -113,14 +114,15 @@ def safe_name(text: str) -> str:
     return re.sub(r"_+", "_", re.sub(r"[^A-Za-z0-9.+-]", "_", text)).strip("_.")[:64]
 
 
-def _name(stacks: list[Stack]) -> None:
+def _name(stacks: list[Stack], show_patient: bool) -> None:
     """Names: ``<series number>_<description>[_e<echo>][_<type>][_<plane>][_t<time>]``, made unique."""
     width = {s.family: len(str(max(o.time for o in stacks if o.family == s.family))) for s in _first_of_family(stacks)}
     for s in stacks:
         header = s.frames[0].header
         number = header.item.number("SeriesNumber")
         description = safe_name(header.label("SeriesDescription")) or safe_name(header.item.text("Modality"))
-        parts = [f"{int(number)}" if number is not None and abs(number) < 1e12 else "", description]
+        parts = [safe_name(header.label(k)) for k in ("PatientID", "PatientName")] if show_patient else []
+        parts += [f"{int(number)}" if number is not None and abs(number) < 1e12 else "", description]
         parts += [s.parts.get(k, "") for k in ("echo", "type", "plane")]
         parts += [f"t{s.time:0{width[s.family]}d}"] if s.time else []
         s.name = "_".join(p for p in parts if p) or "image"
