@@ -35,6 +35,7 @@ def compare(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[Finding]:
         *_patients(dataset),
         *_channels(dataset, facts),
         *_structures(dataset, facts),
+        *_quirks(facts),
     ]
     orientations = Counter(f.geometry.orientation for f in facts if f.geometry is not None)
     if len(orientations) > 1:
@@ -153,9 +154,9 @@ def _patients(dataset: Dataset) -> Iterable[Finding]:
     """Whether ids look like several images of one patient where no groups are given."""
     if any(c.group != c.id for c in dataset.cases):
         return
-    bases = [re.match(r"(.*\d.*?)[^0-9]*\d+[^0-9]*$", c.id) for c in dataset.cases]
-    counts = Counter(m[1] for m in bases if m)
-    if all(bases) and 2 <= len(counts) <= len(bases) / 2 and min(counts.values()) > 1:
+    bases = [m[1] for c in dataset.cases if (m := re.match(r"(.*\d.*\D)\d+\D*$", c.id))]  # up to the last number
+    counts = Counter(bases)
+    if len(bases) == len(dataset.cases) and 2 <= len(counts) <= len(bases) / 2 and min(counts.values()) > 1:
         yield Finding(
             "warning",
             "",
@@ -163,6 +164,19 @@ def _patients(dataset: Dataset) -> Iterable[Finding]:
             f"{len(bases)} ids have only {len(counts)} beginnings, such as {min(counts)}: several images of one patient?",
             "name the patient by --group, a regular expression such as '(.+?)-IM-', so that splits keep patients apart",
         )
+
+
+def _quirks(facts: Sequence[CaseFacts]) -> Iterable[Finding]:
+    """What readers found unusual: once where it is the same in all cases, else case by case."""
+    remedy = "check that grids and sizes are what you expect"
+    cases = Counter(text for f in facts for text in {text for _, text in f.quirks})
+    everywhere = {text for text, n in cases.items() if n == len(facts) > 1}
+    for text in sorted(everywhere):
+        yield Finding("note", "", "unusual files", f"in every case: {text}", remedy)
+    for f in facts:
+        for name, text in f.quirks:
+            if text not in everywhere:
+                yield Finding("note", f.case.id, "unusual file", f"{name}: {text}", remedy)
 
 
 def _channels(dataset: Dataset, facts: Sequence[CaseFacts]) -> Iterable[Finding]:

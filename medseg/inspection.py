@@ -61,7 +61,7 @@ class CaseFacts:
     digest: str = ""
     voxels: dict[int, int] = field(default_factory=dict)
     parts: dict[int, Parts] = field(default_factory=dict)
-    has_label: bool = False
+    quirks: list[tuple[str, str]] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
     def add(self, severity: str, what: str, detail: str, remedy: str) -> None:
@@ -141,10 +141,9 @@ def _look_at_image(facts: CaseFacts, volume: Volume, path: Path, digest: Any) ->
             f"{path.name}: {_difference(volume.geometry, facts.geometry)}",
             "register the channels and resample them onto one grid",
         )
-    for quirk in volume.meta.get("quirks", ()):
-        if "right angles" in quirk:  # said above
-            continue
-        facts.add("note", "unusual file", f"{path.name}: {quirk}", "check that the grid is the one you expect")
+    facts.quirks += [
+        (path.name, q) for q in volume.meta.get("quirks", ()) if "right angles" not in q
+    ]  # that is said above
     facts.channels += volume.channels
     facts.dtype = facts.dtype or str(volume.array.dtype)
     for number, channel in enumerate(volume.array):
@@ -195,7 +194,6 @@ def _difference(grid: Geometry, other: Geometry) -> str:
 
 def _look_at_label(facts: CaseFacts, label: LabelFile, declared: frozenset[int] | None) -> None:
     geometry, name = facts.geometry, facts.case.label.name if facts.case.label else ""
-    facts.has_label = True
     if geometry is not None and label.geometry.corner_distance(geometry) > GRID_TOLERANCE_MM:
         detail = f"{name}: {_difference(label.geometry, geometry)}"
         facts.add("error", "image and label differ in grid", detail, "--fix resamples the label where both overlap")
