@@ -104,9 +104,10 @@ def read_seg(
             labels = LabelMap(array, grid, structures)
         else:
             labels = _read_masks(dataset, grid, planes, structures, what)
+        labels = replace(_own_numbers(labels, dataset), meta=_meta(dataset, path, kind, quirks))
     for quirk in quirks:
         warnings.warn(f"{os.path.basename(path)}: {quirk}", stacklevel=2)
-    return replace(_own_numbers(labels, dataset), meta=_meta(dataset, path, kind, quirks))
+    return labels
 
 
 def _meta(dataset: Dataset, path: str | os.PathLike[str], kind: str, quirks: list[str]) -> dict[str, Any]:
@@ -313,11 +314,10 @@ def _slice_step(levels: Array, stated: tuple[float, ...]) -> float:
     if len(levels) == 1:
         return stated[0] if stated else 1.0
     gaps = np.diff(levels)
-    tries = [*stated[:1], *(gaps.min() / n for n in range(1, 9)), *stated[1:]]
-    for step in tries:
+    for step in (*stated[:1], gaps.min(), *stated[1:], *(gaps.min() / n for n in (2, 3, 4))):
         index = (levels - levels[0]) / step
         count = round(float(index[-1]))
-        if count >= len(levels) - 1 and np.abs(index * count / index[-1] - np.round(index)).max() < 0.05:
+        if count >= len(levels) - 1 and np.abs(index * count / index[-1] - np.round(index)).max() < 0.02:
             return float((levels[-1] - levels[0]) / count)
     raise DicomError(
         f"slices of the frames must be evenly spaced, got gaps of {gaps.min():.3f} to {gaps.max():.3f} mm; "

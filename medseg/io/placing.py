@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
+from pydicom.errors import BytesLengthException, InvalidDicomError
 
 from medseg.volume import DicomError, Geometry, GeometryError, LabelMap, Structure
 
@@ -24,21 +25,23 @@ TOLERANCE = 0.05  # voxels: how far rounding in a file may move a grid that is s
 # What pydicom and the codecs raise on files that are not what they claim to be.
 _BROKEN = (
     AttributeError, EOFError, IndexError, KeyError, MemoryError, NotImplementedError, OverflowError, RecursionError,
-    RuntimeError, TypeError, ValueError, struct.error, zlib.error,
+    RuntimeError, TypeError, ValueError, struct.error, zlib.error, BytesLengthException, InvalidDicomError,
 )  # fmt: skip
 
 
 @contextlib.contextmanager
 def clean_errors(what: str, path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn whatever a broken file provokes into a DicomError that names the file."""
+    """Turn whatever a broken file provokes in pydicom and the codecs into a DicomError that names the file."""
     try:
         yield
     except (DicomError, GeometryError):
         raise
-    except _BROKEN as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else "no reason given"
+    except (*_BROKEN, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the system's own: no such file, no permission, no space
+        # the text may quote the patient's data, so only its kind is told
         raise DicomError(
-            f"{what} must be a valid DICOM object, got {type(error).__name__} ({reason}) in {path}; the file is broken"
+            f"{what} must be a valid DICOM object, got a broken one ({type(error).__name__}) in {path}"
         ) from error
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from highdicom.frame import decode_frame
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.encaps import generate_frames
@@ -20,12 +20,14 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from medseg.io.dicom_decode import decode_frame
 from medseg.volume import DicomError
 
 __all__ = ["FrameLayout", "frames"]
 
 Array = NDArray[Any]
 NATIVE = ("", ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian)
+LARGEST = 1 << 27  # pixels a frame: beyond any scanner, and a bound on what compressed data can unpack to
 DEFLATED_FRAMES = "1.2.840.10008.1.2.8.1"  # Deflated Image Frame Compression
 
 
@@ -52,6 +54,8 @@ class FrameLayout:
         )
         if min(layout.count, layout.rows, layout.columns) < 1 or layout.bits not in (1, 8, 16):
             raise DicomError(f"frames of a segmentation must have pixels of 1, 8 or 16 bits, got {layout}")
+        if layout.rows * layout.columns > LARGEST:
+            raise DicomError(f"frames of a segmentation must have at most {LARGEST} pixels, got {layout}")
         if int(dataset.get("SamplesPerPixel") or 1) != 1:
             raise DicomError("frames of a segmentation must have one sample a pixel, got colour")
         return layout
@@ -112,20 +116,20 @@ def _native(dataset: Dataset, data: bytes, layout: FrameLayout, big: bool) -> It
 def _decode(value: bytes, dataset: Dataset, layout: FrameLayout, syntax: str) -> Array:
     if syntax == DEFLATED_FRAMES:
         decoder = zlib.decompressobj(wbits=-15)
-        return _packed(decoder.decompress(value, layout.rows * layout.columns * 2 + 1), layout)
-    if syntax == RLELossless and layout.bits == 1:
-        return _packed(_unpack_rle(value, layout.rows * layout.columns), layout)
-    decoded = decode_frame(
-        value,
-        transfer_syntax_uid=syntax,
-        rows=layout.rows,
-        columns=layout.columns,
-        samples_per_pixel=1,
-        bits_allocated=layout.bits,
-        bits_stored=int(dataset.get("BitsStored") or layout.bits),
-        photometric_interpretation="MONOCHROME2",
-    )
-    frame = np.asarray(decoded).reshape(layout.rows, layout.columns)
+        return _packed(decoder.decompress(value, layout.rows * layout.columns * 2), layout)
+    if syntax == RLELossless:
+        return _packed(_unpack_rle(value, layout), layout)
+    options = {
+        "rows": layout.rows,
+        "columns": layout.columns,
+        "samples_per_pixel": 1,
+        "bits_allocated": layout.bits,
+        "bits_stored": int(dataset.get("BitsStored") or layout.bits),
+        "pixel_representation": 0,
+        "photometric_interpretation": "MONOCHROME2",
+        "pixel_keyword": "PixelData",
+    }
+    frame = decode_frame(value, syntax, options, "the segmentation")
     return frame != 0 if layout.bits == 1 else frame
 
 
@@ -143,12 +147,25 @@ def _packed(data: bytes, layout: FrameLayout) -> Array:
     return frame != 0 if layout.bits == 1 else frame
 
 
-def _unpack_rle(value: bytes, limit: int) -> bytes:
-    """Decode the one segment of an RLE frame of one-bit pixels (PS3.5 annex G); at most ``limit`` bytes."""
+def _unpack_rle(value: bytes, layout: FrameLayout) -> bytes:
+    """The pixels of an RLE frame (PS3.5 annex G), little endian; one-bit pixels have one segment of packed bits."""
+    count = max(1, layout.bits // 8)
     header = np.frombuffer(value[:64], "<u4")
-    if len(header) < 16 or header[0] != 1 or header[1] < 64:
-        raise DicomError("RLE frame of one-bit pixels must have one segment")
-    source, out, at = value[int(header[1]) :], bytearray(), 0
+    if len(header) < 16 or header[0] != count or header[1] < 64:
+        raise DicomError(f"RLE frame of {layout.bits}-bit pixels must have {count} segments")
+    size = layout.rows * layout.columns
+    starts = [*header[1 : 1 + count].tolist(), len(value)]
+    parts = [_unpack_bits(value[a:b], size) for a, b in pairwise(starts)]
+    if count == 1:
+        return parts[0]
+    if any(len(p) < size for p in parts):
+        raise DicomError(f"RLE frame must have {size} pixels, got {min(map(len, parts))}")
+    return np.stack([np.frombuffer(p, np.uint8)[:size] for p in reversed(parts)], axis=1).tobytes()  # high bytes first
+
+
+def _unpack_bits(source: bytes, limit: int) -> bytes:
+    """Expand PackBits runs until ``limit`` bytes are there."""
+    out, at = bytearray(), 0
     while at < len(source) - 1 and len(out) < limit:
         count = source[at]
         if count < 128:

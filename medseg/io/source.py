@@ -10,7 +10,7 @@ import numpy as np
 from pydicom.dataset import Dataset
 from pydicom.uid import UID, generate_uid
 
-from medseg.io.dicom import source_series
+from medseg.io.dicom import lps_to_ras, source_frames
 from medseg.volume import DicomError, Geometry
 
 __all__ = ["STUDY_KEYWORDS", "image_headers"]
@@ -32,46 +32,47 @@ def image_headers(path: str | os.PathLike[str], series: str | None = None) -> tu
 
     Frames of a multi-frame image become one header each, with its ReferencedFrameNumber. What anonymisers take away and
     every object must have is put back: empty patient and study attributes, and a frame of reference derived from the
-    series' UID (the same for each object made from it). Slices without a position keep none.
+    series' UID (the same for each object made from it). Images without a place in the patient get none.
 
     Raises
     ------
     DicomError
         If the series cannot be read or its images have no UIDs to refer to.
     """
-    geometry, headers = source_series(path, series)
-    if len(headers) != geometry.shape[2]:
-        raise DicomError(
-            f"source series must have one image for each of its {geometry.shape[2]} slices, got {len(headers)} in {path}"
-        )
+    geometry, frames = source_frames(path, series)
     for keyword in ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID"):
-        if not headers[0].get(keyword):
+        if not frames[0][0].get(keyword):
             raise DicomError(
-                f"{keyword} of the source series must be given, got none in {path}; it cannot be referred to"
+                f"{keyword} of the source must be given, as objects refer to it by that, got none in {path}"
             )
-    return geometry, [_plain(header, headers[0], geometry) for header in headers]
+    return geometry, [_plain(header, number, k, geometry) for k, (header, number) in enumerate(frames)]
 
 
-def _plain(header: Dataset, first: Dataset, geometry: Geometry) -> Dataset:
+def _plain(header: Dataset, number: int, k: int, geometry: Geometry) -> Dataset:
     out = Dataset()
     for keyword, default in STUDY_KEYWORDS.items():
-        setattr(out, keyword, deepcopy(first.get(keyword)) or default)
-    for keyword in _OPTIONAL:
-        if first.get(keyword) not in (None, ""):
-            setattr(out, keyword, deepcopy(first.get(keyword)))
-    for keyword in ("SOPClassUID", "SOPInstanceUID", "ReferencedFrameNumber"):
-        if header.get(keyword):
-            setattr(out, keyword, header.get(keyword))
-    out.SeriesInstanceUID = first.SeriesInstanceUID
-    out.StudyInstanceUID = out.StudyInstanceUID or generate_uid(entropy_srcs=[str(first.SeriesInstanceUID), "study"])
-    out.Modality = str(first.get("Modality") or "OT")
+        setattr(out, keyword, deepcopy(header.get(keyword)) or default)
+    for keyword in (*_OPTIONAL, "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID"):
+        if header.get(keyword) not in (None, ""):
+            setattr(out, keyword, deepcopy(header.get(keyword)))
+    if int(header.get("NumberOfFrames") or 1) > 1:
+        out.ReferencedFrameNumber = number
+    out.StudyInstanceUID = out.StudyInstanceUID or generate_uid(entropy_srcs=[str(header.SeriesInstanceUID), "study"])
+    out.Modality = str(header.get("Modality") or "OT")
     out.Columns, out.Rows = geometry.shape[:2]
-    spacing = _numbers(header, "PixelSpacing", 2)
-    out.PixelSpacing = list(spacing) if len(spacing) else [geometry.spacing[1], geometry.spacing[0]]
-    position, orientation = _numbers(header, "ImagePositionPatient", 3), _numbers(header, "ImageOrientationPatient", 6)
-    if len(position) and len(orientation):
-        out.ImagePositionPatient, out.ImageOrientationPatient = list(position), list(orientation)
-        out.FrameOfReferenceUID = frame_of_reference(first)
+    out.PixelSpacing = [geometry.spacing[1], geometry.spacing[0]]
+    position = _numbers(header, "ImagePositionPatient", 3)
+    if len(position) or "PerFrameFunctionalGroupsSequence" in header or "SharedFunctionalGroupsSequence" in header:
+        here = lps_to_ras(geometry.to_world((0, 0, k)))
+        # an image's own numbers, where they are its slice's (a mosaic's are not), so that nothing is rounded twice
+        own = len(position) and np.abs(np.asarray(position) - here).max() < 0.01 * min(geometry.spacing)
+        spacing, turn = _numbers(header, "PixelSpacing", 2), _numbers(header, "ImageOrientationPatient", 6)
+        out.ImagePositionPatient = list(position) if own else here.tolist()
+        out.ImageOrientationPatient = (
+            list(turn) if own and len(turn) else lps_to_ras(geometry.direction.T)[:2].ravel().tolist()
+        )
+        out.PixelSpacing = list(spacing) if own and len(spacing) else out.PixelSpacing
+        out.FrameOfReferenceUID = frame_of_reference(header)
     return out
 
 
