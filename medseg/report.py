@@ -260,7 +260,11 @@ def plan_table(plan: Any) -> Table:
     reasons = values.pop("reasons", {})
     values.pop("format", None)
     rows: list[list[Cell]] = [
-        [name, _words(value, " × " if name in SIZES else ", "), str(reasons.get(name, ""))]
+        [
+            "spacing (mm)" if name == "spacing" else name,
+            _words(value, " × " if name in SIZES else ", "),
+            str(reasons.get(name, "")),
+        ]
         for name, value in values.items()
     ]
     rows += [[name, "", str(reason)] for name, reason in reasons.items() if name not in values]
@@ -274,6 +278,8 @@ def _words(value: Any, joint: str = ", ") -> str:
     if isinstance(value, float):
         return f"{value:.5g}"
     if isinstance(value, Mapping):
+        if value.get("scheme") == "zscore":  # its other entries mean nothing
+            return f"{value.get('name', '')} (z-score of each image)"
         rest = ", ".join(f"{k} {_words(v)}" for k, v in value.items() if k not in ("name", "color"))
         return f"{value['name']} ({rest})" if "name" in value else rest
     if isinstance(value, list | tuple):

@@ -109,7 +109,11 @@ def planes_picture(
     figure, axes = _canvas([_length(box, v.across, geometry) / _length(box, v.down, geometry) for v in views])
     area: Counter[int] = Counter()
     for view, ax in zip(views, axes, strict=True):
-        _draw_plane(ax, view, pixels, geometry, at[view.through], box, not is_picture)
+        _draw_plane(ax, view, pixels, geometry, at[view.through], box)
+        if not is_picture:
+            _letters(ax, view)
+        if not (is_picture and geometry.spacing == (1, 1, 1)):  # what readers take where a picture tells no size
+            _scale_bar(ax, _length(box, view.across, geometry))
         for labels, style in zip(both, ("solid", "dashed"), strict=False):
             for s in labels.structures:
                 mask = _plane_mask(labels, s.number, view, at[view.through])
@@ -273,9 +277,7 @@ def _plane(array: Array, view: _View, index: int) -> Array:
     return np.moveaxis(plane, 0, 1)  # axes come in the order across, down
 
 
-def _draw_plane(
-    ax: Axes, view: _View, pixels: Array, geometry: Geometry, index: int, box: Sequence[slice], is_lettered: bool
-) -> None:
+def _draw_plane(ax: Axes, view: _View, pixels: Array, geometry: Geometry, index: int, box: Sequence[slice]) -> None:
     width, height = (geometry.spacing[a] for a in (view.across, view.down))
     plane = _plane(pixels, view, index)
     rows, columns = plane.shape[:2]
@@ -288,15 +290,14 @@ def _draw_plane(
     bottom, top = (down.start - 0.5) * height, (down.stop - 0.5) * height
     ax.set(xlim=(right, left), ylim=(bottom, top), facecolor="black")  # R, or A, grows to the left
     ax.set_axis_off()
-    if is_lettered:
-        places = {(0.02, 0.5): view.left, (0.98, 0.5): view.right, (0.5, 0.975): view.top, (0.5, 0.025): view.bottom}
-        for (x, y), letter in places.items():
-            where = {
-                "ha": {0.02: "left", 0.98: "right"}.get(x, "center"),
-                "va": {0.975: "top", 0.025: "bottom"}.get(y, "center"),
-            }
-            _write(ax, x, y, letter, **where)
-    _scale_bar(ax, right - left, top - bottom)
+
+
+def _letters(ax: Axes, view: _View) -> None:
+    """Where the edges lie in the patient."""
+    _write(ax, 0.02, 0.5, view.left, ha="left", va="center")
+    _write(ax, 0.98, 0.5, view.right, ha="right", va="center")
+    _write(ax, 0.5, 0.975, view.top, ha="center", va="top")
+    _write(ax, 0.5, 0.025, view.bottom, ha="center", va="bottom")
 
 
 def _write(ax: Axes, x: float, y: float, text: str, **options: Any) -> None:
@@ -306,15 +307,13 @@ def _write(ax: Axes, x: float, y: float, text: str, **options: Any) -> None:
     )
 
 
-def _scale_bar(ax: Axes, width_mm: float, height_mm: float) -> None:
+def _scale_bar(ax: Axes, width_mm: float) -> None:
     """A bar of 1, 2 or 5 times a power of ten mm, at most a third of the width, in the lower left corner."""
     power = 10.0 ** np.floor(np.log10(width_mm / 3))
     length = power * max(f for f in (1, 2, 5) if f * power <= width_mm / 3)
-    share = length / width_mm
-    line = ax.plot([0.03, 0.03 + share], [0.035, 0.035], transform=ax.transAxes, color=PALE, linewidth=2)[0]
+    line = ax.plot([0.03, 0.03 + length / width_mm], [0.035, 0.035], transform=ax.transAxes, color=PALE, linewidth=2)[0]
     line.set_path_effects([withStroke(linewidth=4, foreground="black")])
-    name = f"{length / 10:g} cm" if length >= 10 else f"{length:g} mm"
-    _write(ax, 0.03 + share / 2, 0.05, name, ha="center", va="bottom")
+    _write(ax, 0.03, 0.05, f"{length / 10:g} cm" if length >= 10 else f"{length:g} mm", ha="left", va="bottom")
 
 
 def _plane_mask(labels: LabelMap, number: int, view: _View, index: int) -> Array:
@@ -340,7 +339,8 @@ def _draw_outline(ax: Axes, outline: Outline, structure: Structure, is_reference
         style = {"edgecolor": "white", "linestyle": (0, (2.2, 1.8)), "linewidth": 0.9, "zorder": 4}
     elif fill:
         ax.add_patch(PathPatch(outline, facecolor=color, edgecolor="none", alpha=0.28))
-    ax.add_patch(PathPatch(outline, facecolor="none", joinstyle="round", **style))
+    halo = [withStroke(linewidth=style["linewidth"] + 1.1, foreground="black", alpha=0.55)]
+    ax.add_patch(PathPatch(outline, facecolor="none", joinstyle="round", path_effects=halo, **style))
 
 
 def _legend(figure: Figure, structures: Sequence[Structure], has_reference: bool) -> None:

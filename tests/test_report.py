@@ -348,7 +348,7 @@ def test_metrics(evaluation: object) -> None:
 PLAN = {
     "format": 1,
     "model": "unet3d",
-    "channels": [{"name": "CT", "scheme": "ct", "low": -100.0}],
+    "channels": [{"name": "CT", "scheme": "ct", "low": -100.0}, {"name": "T1", "scheme": "zscore", "low": 0.0}],
     "structures": [{"number": 1, "name": "one", "color": [255, 0, 0]}],
     "spacing": [1.0, 0.75, None],
     "features": [16, 32],
@@ -361,9 +361,9 @@ def test_plan() -> None:
     table = plan_table(PLAN)
     assert [[row[0], row[1]] for row in table.rows] == [
         ["model", "unet3d"],
-        ["channels", "CT (scheme ct, low -100)"],
+        ["channels", "CT (scheme ct, low -100); T1 (z-score of each image)"],
         ["structures", "one (number 1)"],
-        ["spacing", "1 × 0.75 × as it is"],
+        ["spacing (mm)", "1 × 0.75 × as it is"],
         ["features", "16, 32"],
         ["mirror", "none"],
         ["crf", ""],
