@@ -187,18 +187,19 @@ def _voxels(stream: BinaryIO, layout: _Layout, path: Path) -> Array:
 def _parse(stream: BinaryIO, path: Path, limit: int, quirks: list[str]) -> _Layout:
     """Read header and extensions, up to the first voxel."""
     header, head = _header(stream, path)
-    offset = int(header["vox_offset"])
     least = header.single_vox_offset
+    where = float(header["vox_offset"])
+    offset = int(where) if np.isfinite(where) else limit + _LARGEST_EXTENSION
     if offset < least:
         quirks.append(f"header says that voxels begin at byte {offset}; {least} taken")
         offset = least
     if offset - least > min(_LARGEST_EXTENSION, limit):
-        raise ValueError(f"voxels must begin within the file, got byte {offset} in {path}")
+        raise ValueError(f"voxels must begin within the file, got byte {where:g} in {path}")
     head += stream.read(offset - len(head))
     shape, channels = _shape(header, path)
     try:
         dtype = header.get_data_dtype()
-    except HeaderDataError as error:
+    except (HeaderDataError, KeyError) as error:
         raise ValueError(f"voxel type must be a known one, got code {int(header['datatype'])} in {path}") from error
     components = len(dtype.names or (1,))
     if components > 1:
