@@ -28,6 +28,7 @@ __all__ = [
 
 Network = Callable[[torch.Tensor], torch.Tensor]
 Progress = Callable[[int, int], None]
+CACHE_VOXELS = 1 << 15  # of one class: float32 logits of some classes at once in 1 to 2 MB
 
 
 class Slab(NamedTuple):
@@ -281,13 +282,31 @@ def labels_of(logits: torch.Tensor, overlapping: bool = False) -> torch.Tensor:
     if overlapping:
         _require_numbers(logits)
         return logits >= 0
-    best = logits[0].clone()
-    labels = torch.zeros_like(best, dtype=torch.uint8 if len(logits) < 256 else torch.int16)
+    labels = torch.empty(
+        logits.shape[1:], dtype=torch.uint8 if len(logits) < 256 else torch.int16, device=logits.device
+    )
+    _write_argmax(logits, labels)
+    return labels
+
+
+def _write_argmax(logits: torch.Tensor, labels: torch.Tensor) -> None:
+    """Running maximum over the classes, in pieces that stay in a processor's cache.
+
+    A class that wins so far has a greater number than all before, so the label is a running maximum too.
+    """
+    if labels.is_cpu and labels.numel() > CACHE_VOXELS:
+        axis = next(a for a, n in enumerate(labels.shape) if n > 1)
+        step = max(1, labels.shape[axis] * CACHE_VOXELS // labels.numel())
+        for some, part in zip(logits.split(step, axis + 1), labels.split(step, axis), strict=True):
+            _write_argmax(some, part)
+        return
+    best, wins = logits[0].clone(), torch.zeros_like(labels)
+    labels.zero_()
     for number, one in enumerate(logits[1:], start=1):
-        labels.masked_fill_(one > best, number)
+        torch.gt(one, best, out=wins)
+        torch.maximum(labels, wins.mul_(number), out=labels)
         torch.maximum(best, one, out=best)
     _require_numbers(best)
-    return labels
 
 
 def _require_numbers(values: torch.Tensor) -> None:
