@@ -22,6 +22,7 @@ INTENSITY_FACTOR = (
     20.0  # and at least this factor from the median, since scales of MR, and 8-bit exports, differ by less anyway
 )
 SPACING_FACTOR = 2.0
+BEFORE_LAST_NUMBER = r"(.*\d.*\D)\d+"  # of an id, where that holds a number too
 USUAL_PARTS = 0.8  # a structure in one part in this share of the cases should be in one part in all
 
 
@@ -154,7 +155,7 @@ def _patients(dataset: Dataset) -> Iterable[Finding]:
     """Whether ids look like several images of one patient where no groups are given."""
     if any(c.group != c.id for c in dataset.cases):
         return
-    bases = [m[1] for c in dataset.cases if (m := re.match(r"(.*\d.*\D)\d+\D*$", c.id))]  # up to the last number
+    bases = [m[1] for c in dataset.cases if (m := re.search(BEFORE_LAST_NUMBER, c.id))]
     counts = Counter(bases)
     if len(bases) == len(dataset.cases) and 2 <= len(counts) <= len(bases) / 2 and min(counts.values()) > 1:
         yield Finding(
@@ -162,7 +163,7 @@ def _patients(dataset: Dataset) -> Iterable[Finding]:
             "",
             "patients may share a split",
             f"{len(bases)} ids have only {len(counts)} beginnings, such as {min(counts)}: several images of one patient?",
-            "name the patient by --group, a regular expression such as '(.+?)-IM-', so that splits keep patients apart",
+            f"name the patient by --group, such as '{BEFORE_LAST_NUMBER}', so that splits keep patients apart",
         )
 
 

@@ -144,7 +144,8 @@ def check(
 
     Notes
     -----
-    Reads every file once: time grows with bytes, memory with ``workers`` times the largest case.
+    Reads every file once: time grows with bytes, memory with ``workers`` times the largest case
+    (about ten times the bytes of its label map where a structure falls into parts).
     """
     if not isinstance(dataset, Dataset):
         dataset = load_dataset(dataset, group=group)
@@ -199,7 +200,7 @@ def _summary(dataset: Dataset, facts: Sequence[CaseFacts]) -> dict[str, Any]:
         "groups": len({c.group for c in dataset.cases}),
         "labelled": sum(c.label is not None for c in dataset.cases),
         "channels": list(dataset.channels),
-        "shape": _span([g.shape for g in grids], 0),
+        "shape": _span([g.shape for g in grids]),
         "spacing_mm": _span([g.spacing for g in grids], 3),
         "orientations": sorted({g.orientation for g in grids}),
         "dtypes": sorted({f.dtype for f in facts if f.dtype}),
@@ -215,7 +216,7 @@ def _summary(dataset: Dataset, facts: Sequence[CaseFacts]) -> dict[str, Any]:
     }
 
 
-def _span(rows: Sequence[Sequence[float]], digits: int) -> list[list[float]]:
+def _span(rows: Sequence[Sequence[float]], digits: int = 0) -> list[list[float]]:
     if not rows:
         return []
-    return [[round(float(v), digits) for v in edge] for edge in (np.min(rows, axis=0), np.max(rows, axis=0))]
+    return [[round(v, digits) for v in edge.tolist()] for edge in (np.min(rows, axis=0), np.max(rows, axis=0))]

@@ -160,7 +160,7 @@ def _look_at_image(facts: CaseFacts, volume: Volume, path: Path, digest: Any) ->
                 "--fix fills in the minimum",
             )
         facts.spreads += (_spread(channel),)
-        if facts.spreads[-1] == 0 and np.nanmin(channel) == np.nanmax(channel):
+        if facts.spreads[-1] == 0 and channel.min() == channel.max():
             facts.add("warning", "constant image", f"all voxels of {where} are {channel.flat[0]}", "leave the case out")
     digest.update(repr(volume.array.shape).encode())
 

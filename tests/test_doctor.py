@@ -127,6 +127,7 @@ def test_wrong_images(healthy: Path) -> None:
     image[3, 4, :2] = np.nan, np.inf
     save(healthy / "imagesTr/c0_0000.nii.gz", image)
     save(healthy / "imagesTr/c1_0000.nii.gz", np.full(SHAPE, 7, np.float32))
+    save(healthy / "imagesTr/c4_0000.nii.gz", np.full(SHAPE, np.nan, np.float32))
     whole = (healthy / "imagesTr/c2_0000.nii.gz").read_bytes()
     (healthy / "imagesTr/c2_0000.nii.gz").write_bytes(whole[: len(whole) // 2])
     (healthy / "labelsTr/c3.nii.gz").write_bytes(b"")
@@ -135,6 +136,7 @@ def test_wrong_images(healthy: Path) -> None:
         ("error", "c0", "NaN or infinity in image"),
         ("error", "c2", "image not readable"),
         ("error", "c3", "label not readable"),
+        ("error", "c4", "NaN or infinity in image"),
         ("warning", "c1", "constant image"),
     ]
     assert "2 of 910 voxels" in checkup.findings[0].detail
@@ -217,6 +219,8 @@ def test_ids_that_name_several_images_of_a_patient(tmp_path: Path) -> None:
         save(tmp_path / f"images/p{n // 2}-slice{n:02d}.nii.gz", image_of(n))
         save(tmp_path / f"labels/p{n // 2}-slice{n:02d}.nii.gz", label_of(n))
     assert kinds(check(tmp_path)) == [("warning", "", "patients may share a split")]
+    remedy = check(tmp_path).findings[0].remedy
+    assert kinds(check(tmp_path, group=remedy.split("'")[1])) == []
     assert kinds(check(tmp_path, group=r"(p\d)-")) == []
 
 
