@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
-from pydicom.uid import generate_uid
+from pydicom.uid import ComputedRadiographyImageStorage, CTImageStorage, generate_uid
 from skimage.color import rgb2lab
 
 from medseg import __version__
@@ -27,6 +28,7 @@ __all__ = ["SegKind", "write_seg"]
 
 Array = NDArray[Any]
 SegKind = Literal["binary", "labelmap", "fractional"]
+_STAND_IN = "2.25.0."  # no real UID begins so
 LEVELS = 255  # steps of a FRACTIONAL segmentation
 
 
@@ -81,7 +83,6 @@ def write_seg(
     labels = _suited(on_grid(labels, geometry, f"label map and source series {source}"), kind, path)
     with clean_errors("DICOM-SEG", path):
         segmentation = _make(labels, headers, kind)
-        _refer_to_frames(segmentation, headers)
     with atomic_path(path, force) as temporary:
         segmentation.save_as(temporary)
         _verify(labels, temporary, geometry, kind)
@@ -125,16 +126,15 @@ def _make(labels: LabelMap, headers: list[Dataset], kind: SegKind) -> hd.seg.Seg
     numbers = [s.number for s in labels.structures]
     stored = numbers if kind == "labelmap" else list(range(1, len(numbers) + 1))
     pixels = _pixels(labels, stored)
-    further = None
-    if not pixels.any():  # nothing to store: one slice says so for all
-        pixels, headers, further = pixels[:1], headers[:1], headers[1:]
-    spacing = np.asarray(headers[0].PixelSpacing, float).tolist()
-    step = _slice_step(headers, labels.geometry)
-    placed = "ImagePositionPatient" in headers[0]
+    if not pixels.any():
+        pixels = pixels[:1]  # nothing to store: one slice says so for all
+    images = [_stand_in(header, k) for k, header in enumerate(headers)]
+    first = headers[0]
+    between = float(first.SpacingBetweenSlices) if "FrameOfReferenceUID" in first else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about styles of patient names and the like in the source
         segmentation = hd.seg.Segmentation(
-            source_images=headers,
+            source_images=images[: len(pixels)],
             pixel_array=pixels,
             segmentation_type=kind.upper(),
             segment_descriptions=[_description(s, n) for s, n in zip(labels.structures, stored, strict=True)],
@@ -150,12 +150,13 @@ def _make(labels: LabelMap, headers: list[Dataset], kind: SegKind) -> hd.seg.Seg
             content_label="SEGMENTATION",
             content_description="Segmentation by medseg",
             pixel_measures=hd.PixelMeasuresSequence(
-                spacing, float(headers[0].get("SliceThickness") or step), step if placed else None
+                [float(v) for v in first.PixelSpacing], float(first.SliceThickness), between
             ),
-            further_source_images=further or None,
+            further_source_images=images[len(pixels) :] or None,
             series_description="Segmentation",
             specific_character_set="ISO_IR 192",
         )
+    _refer_to(segmentation, headers)
     return segmentation
 
 
@@ -181,23 +182,16 @@ def _pixels(labels: LabelMap, stored: list[int]) -> Array:
     return out
 
 
-def _slice_step(headers: list[Dataset], geometry: Geometry) -> float:
-    """Distance (mm) of neighbouring slices along their normal (shorter than the step of a tilted gantry)."""
-    across = np.cross(geometry.direction[:, 0], geometry.direction[:, 1])
-    return float(abs(geometry.affine[:3, 2] @ (across / np.linalg.norm(across))))
-
-
 def _description(structure: Structure, stored: int) -> hd.seg.SegmentDescription:
     s, side = described(structure)
-    assert_types = (s.category, s.type)
-    if assert_types[0] is None or assert_types[1] is None:
-        raise DicomError(f"structure must have codes, got none for {s.name!r}")
+    if s.category is None or s.type is None:
+        raise DicomError(f"structure must have a category and a type, got none for {s.name!r}")
     lab = rgb2lab(np.asarray(s.color, np.float64)[None] / 255)[0]
     description = hd.seg.SegmentDescription(
         segment_number=stored,
         segment_label=s.name[:64],
-        segmented_property_category=_concept(assert_types[0]),
-        segmented_property_type=_concept(assert_types[1]),
+        segmented_property_category=_concept(s.category),
+        segmented_property_type=_concept(s.type),
         algorithm_type="AUTOMATIC",
         algorithm_identification=hd.AlgorithmIdentificationSequence(
             name="medseg", family=codes.DCM.ArtificialIntelligence, version=__version__
@@ -222,22 +216,40 @@ def _concept(code: Code) -> hd.sr.CodedConcept:
     return hd.sr.CodedConcept(code.value, code.scheme or "99MEDSEG", code.meaning or code.value)
 
 
-def _refer_to_frames(segmentation: Dataset, headers: list[Dataset]) -> None:
-    """Name the frames of a multi-frame source, and each source image once."""
-    if "ReferencedFrameNumber" not in headers[0]:
-        return
-    frame_of = {
-        tuple(h.ImagePositionPatient): int(h.ReferencedFrameNumber) for h in headers if "ImagePositionPatient" in h
-    }
+def _stand_in(header: Dataset, k: int) -> Dataset:
+    """A slice as an image of its own for highdicom, whatever file it is part of; named by its number."""
+    out = deepcopy(header)
+    out.SOPInstanceUID = f"{_STAND_IN}{k + 1}"
+    if "FrameOfReferenceUID" in header:
+        out.SOPClassUID = CTImageStorage
+    else:
+        out.SOPClassUID = ComputedRadiographyImageStorage  # of those that need no place in the patient
+    return out
+
+
+def _refer_to(segmentation: Dataset, headers: list[Dataset]) -> None:
+    """Put the real images, and the frames in them, where the references name the stand-ins; each image once."""
     for group in segmentation.PerFrameFunctionalGroupsSequence:
-        position = group.PlanePositionSequence[0].ImagePositionPatient
-        nearest = min(frame_of, key=lambda p: sum(abs(float(a) - float(b)) for a, b in zip(p, position, strict=True)))
         for derivation in group.get("DerivationImageSequence") or ():
             for image in derivation.SourceImageSequence:
-                image.ReferencedFrameNumber = frame_of[nearest]
+                _name(image, headers)
     for series in segmentation.get("ReferencedSeriesSequence") or ():
-        once = {str(i.ReferencedSOPInstanceUID): i for i in series.ReferencedInstanceSequence}
+        once: dict[str, Dataset] = {}
+        for image in series.ReferencedInstanceSequence:
+            _name(image, headers)
+            image.pop("ReferencedFrameNumber", None)  # of all frames of an object, the object is what is named
+            once.setdefault(str(image.ReferencedSOPInstanceUID), image)
         series.ReferencedInstanceSequence = list(once.values())
+
+
+def _name(image: Dataset, headers: list[Dataset]) -> None:
+    uid = str(image.ReferencedSOPInstanceUID)
+    if not uid.startswith(_STAND_IN):
+        return  # named before: frames may share the item
+    header = headers[int(uid.removeprefix(_STAND_IN)) - 1]
+    image.ReferencedSOPClassUID, image.ReferencedSOPInstanceUID = header.SOPClassUID, header.SOPInstanceUID
+    if "ReferencedFrameNumber" in header:
+        image.ReferencedFrameNumber = header.ReferencedFrameNumber
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
 from copy import deepcopy
 
 import numpy as np
+from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.uid import UID, generate_uid
 
@@ -23,7 +24,7 @@ STUDY_KEYWORDS = {
 _OPTIONAL = (
     "SpecificCharacterSet", "PatientAge", "PatientSize", "PatientWeight", "PatientIdentityRemoved",
     "DeidentificationMethod", "StudyDescription", "PositionReferenceIndicator", "LossyImageCompression",
-    "LossyImageCompressionRatio", "LossyImageCompressionMethod", "SliceThickness",
+    "LossyImageCompressionRatio", "LossyImageCompressionMethod",
 )  # fmt: skip
 
 
@@ -40,40 +41,71 @@ def image_headers(path: str | os.PathLike[str], series: str | None = None) -> tu
         If the series cannot be read or its images have no UIDs to refer to.
     """
     geometry, frames = source_frames(path, series)
+    first = frames[0][0]
     for keyword in ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID"):
-        if not frames[0][0].get(keyword):
+        if not first.get(keyword):
             raise DicomError(
                 f"{keyword} of the source must be given, as objects refer to it by that, got none in {path}"
             )
-    return geometry, [_plain(header, number, k, geometry) for k, (header, number) in enumerate(frames)]
+    shared = _shared(first, geometry)
+    return geometry, [_plain(shared, header, number, k, geometry) for k, (header, number) in enumerate(frames)]
 
 
-def _plain(header: Dataset, number: int, k: int, geometry: Geometry) -> Dataset:
+def _shared(first: Dataset, geometry: Geometry) -> Dataset:
+    """What all images of the series have in common, as the first states it."""
     out = Dataset()
     for keyword, default in STUDY_KEYWORDS.items():
-        setattr(out, keyword, deepcopy(header.get(keyword)) or default)
-    for keyword in (*_OPTIONAL, "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID"):
-        if header.get(keyword) not in (None, ""):
-            setattr(out, keyword, deepcopy(header.get(keyword)))
-    if int(header.get("NumberOfFrames") or 1) > 1:
-        out.ReferencedFrameNumber = number
-    out.StudyInstanceUID = out.StudyInstanceUID or generate_uid(entropy_srcs=[str(header.SeriesInstanceUID), "study"])
-    out.Modality = str(header.get("Modality") or "OT")
+        setattr(out, keyword, _valid(keyword, first.get(keyword), default))
+    for keyword in (*_OPTIONAL, "SeriesInstanceUID"):
+        odd = keyword == "PatientAge" and not re.fullmatch(r"\d{3}[DWMY]", str(first.get(keyword)))
+        if first.get(keyword) not in (None, "") and not odd:
+            setattr(out, keyword, deepcopy(first.get(keyword)))
+    out.StudyInstanceUID = out.StudyInstanceUID or generate_uid(entropy_srcs=[str(first.SeriesInstanceUID), "study"])
+    out.Modality = str(first.get("Modality") or "OT")
     out.Columns, out.Rows = geometry.shape[:2]
     out.PixelSpacing = [geometry.spacing[1], geometry.spacing[0]]
-    position = _numbers(header, "ImagePositionPatient", 3)
-    if len(position) or "PerFrameFunctionalGroupsSequence" in header or "SharedFunctionalGroupsSequence" in header:
-        here = lps_to_ras(geometry.to_world((0, 0, k)))
-        # an image's own numbers, where they are its slice's (a mosaic's are not), so that nothing is rounded twice
-        own = len(position) and np.abs(np.asarray(position) - here).max() < 0.01 * min(geometry.spacing)
-        spacing, turn = _numbers(header, "PixelSpacing", 2), _numbers(header, "ImageOrientationPatient", 6)
-        out.ImagePositionPatient = list(position) if own else here.tolist()
-        out.ImageOrientationPatient = (
-            list(turn) if own and len(turn) else lps_to_ras(geometry.direction.T)[:2].ravel().tolist()
-        )
-        out.PixelSpacing = list(spacing) if own and len(spacing) else out.PixelSpacing
-        out.FrameOfReferenceUID = frame_of_reference(header)
+    across = np.cross(geometry.direction[:, 0], geometry.direction[:, 1])
+    # slices lie nearer along their normal than along the step of a tilted gantry
+    out.SpacingBetweenSlices = float(abs(geometry.affine[:3, 2] @ (across / np.linalg.norm(across))))
+    thickness = first.get("SliceThickness")
+    out.SliceThickness = float(thickness) if thickness else out.SpacingBetweenSlices
+    grouped = "PerFrameFunctionalGroupsSequence" in first or "SharedFunctionalGroupsSequence" in first
+    stated = _numbers(first, "ImagePositionPatient", 3)
+    if len(stated) or grouped or (geometry.shape[2] > 1 and first.get("FrameOfReferenceUID")):
+        out.FrameOfReferenceUID = frame_of_reference(first)
+        turn = _numbers(first, "ImageOrientationPatient", 6)
+        axes = lps_to_ras(geometry.direction.T[:2]).ravel()
+        agrees = len(turn) and np.abs(turn - axes).max() < 1e-4
+        out.ImageOrientationPatient = list(turn) if agrees else axes.tolist()
     return out
+
+
+def _plain(shared: Dataset, header: Dataset, number: int, k: int, geometry: Geometry) -> Dataset:
+    """The header of one slice."""
+    out = Dataset()
+    out.update(shared)
+    out.SOPClassUID, out.SOPInstanceUID = header.SOPClassUID, header.SOPInstanceUID
+    if int(header.get("NumberOfFrames") or 1) > 1:
+        out.ReferencedFrameNumber = number
+    if "FrameOfReferenceUID" in out:
+        here = lps_to_ras(geometry.to_world((0, 0, k)))
+        stated = _numbers(header, "ImagePositionPatient", 3)
+        # an image's own numbers, where they are its slice's (a mosaic's are not), so that nothing is rounded twice
+        agrees = len(stated) and np.abs(stated - here).max() < 0.01 * min(geometry.spacing)
+        out.ImagePositionPatient = list(stated) if agrees else here.tolist()
+    return out
+
+
+def _valid(keyword: str, value: object, default: str) -> object:
+    """A value of the source, or what is left of it when it is not what the standard allows."""
+    text = str(value or "")
+    if keyword.endswith("Date"):
+        return text if re.fullmatch(r"\d{8}", text) else default
+    if keyword.endswith("Time"):
+        return text if re.fullmatch(r"\d{2,6}(\.\d{1,6})?", text) else default
+    if keyword in ("StudyID", "AccessionNumber"):
+        return text[:16]
+    return deepcopy(value) if text else default
 
 
 def frame_of_reference(header: Dataset) -> UID:
@@ -82,9 +114,7 @@ def frame_of_reference(header: Dataset) -> UID:
     return UID(str(stated)) if stated else generate_uid(entropy_srcs=[str(header.SeriesInstanceUID), "frame"])
 
 
-def _numbers(header: Dataset, keyword: str, count: int) -> Sequence[float]:
+def _numbers(header: Dataset, keyword: str, count: int) -> NDArray[np.float64]:
     value = header.get(keyword)
-    if value is None or len(value) != count:
-        return ()
-    numbers = np.asarray(value, np.float64)
-    return tuple(numbers.tolist()) if np.isfinite(numbers).all() else ()
+    numbers = np.asarray(value if value is not None else (), np.float64)
+    return numbers if numbers.shape == (count,) and np.isfinite(numbers).all() else np.zeros(0)
