@@ -25,6 +25,8 @@ __all__ = ["DECODE_ERRORS", "decode_frame", "split_frames"]
 Array = NDArray[Any]
 DEFLATED_FRAME = "1.2.840.10008.1.2.8.1"
 RLE = "1.2.840.10008.1.2.5"
+# The other JPEG-LS codec, pyjpegls, runs on for half a minute on streams that end early.
+PLUGINS = {"1.2.840.10008.1.2.4.80": "gdcm", "1.2.840.10008.1.2.4.81": "gdcm"}
 # What pydicom and the codecs raise on streams that are not what they claim to be.
 DECODE_ERRORS = (
     ValueError, RuntimeError, AttributeError, TypeError, KeyError, IndexError, OSError, MemoryError,
@@ -70,14 +72,15 @@ def decode_frame(frame: bytes, syntax: str, options: Mapping[str, Any], name: st
     size = rows * columns * samples * max(1, int(options["bits_allocated"]) // 8)
     if size > (64 << 20) + 4096 * len(frame):
         raise DicomError(f"frame must be of a size that {len(frame)} bytes can hold, got {size} bytes in {name}")
-    _check_stream(frame, rows, columns, samples, name)
     if syntax == DEFLATED_FRAME:
         return _inflate(frame, size, options, name)
+    if syntax != RLE:
+        _check_stream(frame, rows, columns, samples, name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             decoder = get_decoder(UID(syntax))
-            asked: dict[str, Any] = {**options, "number_of_frames": 1}
+            asked: dict[str, Any] = {**options, "number_of_frames": 1, "decoding_plugin": PLUGINS.get(syntax, "")}
             array, _ = decoder.as_array(encapsulate([frame]), index=0, **asked)
     except DECODE_ERRORS as error:
         reason = "no decoder for it is installed" if isinstance(error, NotImplementedError) else type(error).__name__
@@ -104,7 +107,7 @@ def _inflate(frame: bytes, size: int, options: Mapping[str, Any], name: str) -> 
 def _check_stream(frame: bytes, rows: int, columns: int, samples: int, name: str) -> None:
     """Raise unless a JPEG, JPEG-LS or JPEG 2000 stream states the size that the header does."""
     stated = _jpeg_size(frame) if frame[:2] == b"\xff\xd8" else _j2k_size(frame)
-    if stated is not None and stated != (rows, columns, samples):
+    if stated != (rows, columns, samples):
         raise DicomError(
             f"compressed frame must be {rows} x {columns} x {samples} as its header, got {stated} in {name}"
         )

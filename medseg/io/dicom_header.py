@@ -361,12 +361,11 @@ def _meta(stream: IO[bytes], file: DicomFile) -> tuple[str, int]:
         if element == 0x0010:
             syntax = head[value : value + length].strip(b" \0").decode("latin-1")
         position = value + length
+        if position > min(file.size, 1 << 24):
+            raise DicomError(f"file meta information must lie within the file, got more in {file.name}")
         if position + 8 > len(head) and position < file.size:
             stream.seek(position)
-            more = stream.read(_CHUNK)
-            if position > 1 << 24:
-                raise DicomError(f"file meta information must be short, got more in {file.name}")
-            head = head[:position].ljust(position, b"\0") + more
+            head = head[:position].ljust(position, b"\0") + stream.read(_CHUNK)
     return syntax, position
 
 

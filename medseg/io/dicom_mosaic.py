@@ -77,8 +77,11 @@ def siemens_tiles(header: Header, rows: int, columns: int) -> tuple[int, int, li
             f"mosaic must have its CSA header to tell how the slices stack, got none in {header.file.name}"
         )
     csa = read_csa(header.private_bytes(element))
-    normal = np.array([float(v) for v in csa.get("SliceNormalVector", ())][:3])
-    count = int((csa.get("NumberOfImagesInMosaic") or ["0"])[0])
+    try:
+        normal = np.array([float(v) for v in csa.get("SliceNormalVector", ())][:3])
+        count = int((csa.get("NumberOfImagesInMosaic") or ["0"])[0])
+    except ValueError:
+        raise DicomError(f"CSA header must hold numbers, got other text in {header.file.name}") from None
     if normal.shape != (3,) or not 0.99 < np.linalg.norm(normal) < 1.01 or not 0 < count <= rows * columns:
         raise DicomError(
             f"mosaic must state the number and normal of its slices, got {count} and {normal.tolist()} in "
