@@ -12,6 +12,7 @@ improves a mean.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -334,22 +335,20 @@ def _scan(prediction: Labels, reference: Labels, labels: Sequence[int]) -> tuple
 def _scan_host(prediction: Array, reference: Array, index_of: Array, size: int) -> tuple[Array, list[Box | None]]:
     axes = np.argsort([-abs(s) for s in prediction.strides], kind="stable")  # walk through memory as it lies
     p, r = (np.ascontiguousarray(a.transpose(axes)) for a in (prediction, reference))
-    inner = p.size // p.shape[0] if p.size else 1
     seen = [np.zeros((size, n), bool) for n in p.shape]
     matrix = np.zeros(size * size, np.int64)
-    step = max(1, SLAB // inner)
-    last = len(index_of) - 1
+    step = max(1, SLAB // max(1, p.size // max(1, p.shape[0])))
     for start in range(0, p.shape[0], step):
-        pair = [a[start : start + step].reshape(-1) for a in (p, r)]
-        at = np.flatnonzero((pair[0] != 0) | (pair[1] != 0))
+        at, lengths, pair = _runs(p[start : start + step], r[start : start + step])
         if not at.size:
             continue
-        row, column = (index_of[np.clip(a[at], 0, last)] for a in (pair[1], pair[0]))
-        matrix += np.bincount(row * size + column, minlength=size * size)
+        column, row = (index_of[np.clip(values, 0, len(index_of) - 1)] for values in pair)
+        matrix += np.bincount(row * size + column, lengths, size * size).astype(np.int64)
         for axis in reversed(range(p.ndim)):
             at, place = (at // p.shape[axis], at % p.shape[axis]) if axis else (at, at + start)
-            seen[axis][row, place] = True
-            seen[axis][column, place] = True
+            ends = (place, place + lengths - 1) if axis == p.ndim - 1 else (place,)
+            for labels, end in product((row, column), ends):
+                seen[axis][labels, end] = True
     matrix[0] += p.size - matrix.sum()
     boxes: list[Box | None] = []
     for label in range(1, size):
@@ -357,6 +356,21 @@ def _scan_host(prediction: Array, reference: Array, index_of: Array, size: int) 
         inside = [found[a] for a in range(p.ndim)]
         boxes.append(tuple(slice(int(f[0]), int(f[-1]) + 1) for f in inside) if inside[0].size else None)
     return matrix.reshape(size, size), boxes
+
+
+def _runs(p: Array, r: Array) -> tuple[Array, Array, tuple[Array, Array]]:
+    """Runs of one pair of labels along the last axis: flat index of the start, length, both labels; no background."""
+    line = p.shape[-1]
+    p, r = p.reshape(-1), r.reshape(-1)
+    at = np.flatnonzero((p != 0) | (r != 0))
+    if not at.size:
+        return at, at, (at, at)
+    values = p[at], r[at]
+    new = np.ones(len(at), bool)
+    np.not_equal(at[1:] - at[:-1], 1, out=new[1:])
+    new[1:] |= (values[0][1:] != values[0][:-1]) | (values[1][1:] != values[1][:-1]) | (at[1:] % line == 0)
+    starts = np.flatnonzero(new)
+    return at[starts], np.diff(starts, append=len(at)), (values[0][starts], values[1][starts])
 
 
 def _scan_device(

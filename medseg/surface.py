@@ -10,6 +10,7 @@ import edt
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.spatial import cKDTree
 from skimage import measure
 
 __all__ = ["Definition", "Distances", "distance_transform", "surface_distances"]
@@ -18,6 +19,7 @@ Array = NDArray[Any]
 Definition = Literal["voxel", "pooled", "area"]
 NEIGHBOURS = 400  # offsets looked at around each surface element before a distance transform takes over
 LOOKUPS_PER_VOXEL, LOOKUPS_PER_STEP = 4, 2000  # when a transform is cheaper: its cost, and that of a step, in lookups
+VOXELS_PER_QUERY = 200  # of a distance transform, that cost as much as one query of a search tree
 CHUNK = 1 << 25  # elements of the largest temporary on a device
 
 
@@ -97,8 +99,8 @@ def surface_distances(
     Notes
     -----
     On the CPU the voxels around each element are looked at in the order of their distance, which ends soon where the
-    masks agree; what is left, at most, costs one exact distance transform [1]_. On other devices the distance transform
-    is separable lower envelopes by brute force, O(voxels x (I + J + K)).
+    masks agree; elements farther apart are left to a search tree or, if many, to an exact distance transform [1]_. On
+    other devices the distance transform is separable lower envelopes by brute force, O(voxels x (I + J + K)).
 
     References
     ----------
@@ -183,37 +185,51 @@ def _element_sizes(spacing: tuple[float, ...]) -> Array:
 
 def _nearest(queries: Array, targets: Array, spacing: tuple[float, ...]) -> Array:
     """Distance (mm, float32) from each voxel marked in ``queries``, in C order, to the nearest one in ``targets``."""
-    offsets, lengths = _neighbourhood(spacing)
+    offsets, lengths, shells = _neighbourhood(spacing)
     margin = np.abs(offsets).max(axis=0)
     padded = np.pad(targets, [(m, m) for m in margin.tolist()])
-    steps = offsets @ (np.array(padded.strides) // padded.itemsize)
+    steps = (offsets @ (np.array(padded.strides) // padded.itemsize)).tolist()
     flat, at = padded.reshape(-1), _flat_index(queries, padded.shape, margin)
     distances = np.zeros(len(at), np.float32)
-    left, budget = np.arange(len(at)), LOOKUPS_PER_VOXEL * queries.size
-    for step, length in zip(steps.tolist(), lengths.tolist(), strict=True):
-        budget -= len(at) + LOOKUPS_PER_STEP
+    left, budget = np.arange(len(at), dtype=at.dtype), LOOKUPS_PER_VOXEL * queries.size
+    for start, stop in shells:  # all offsets of one length
+        budget -= (stop - start) * (len(at) + LOOKUPS_PER_STEP)
         if not len(at) or budget < 0:
             break
-        hit = flat[at + step]
+        hit = flat[at + steps[start]]
+        for step in steps[start + 1 : stop]:
+            hit |= flat[at + step]
         if hit.any():
-            distances[left[hit]] = length
-            miss = ~hit
-            left, at = left[miss], at[miss]
+            distances[left[hit]] = lengths[start]
+            np.logical_not(hit, out=hit)
+            left, at = left[hit], at[hit]
     if len(left):
-        whole = edt.edt(~targets, anisotropy=spacing if len(spacing) > 1 else spacing[0])
-        distances[left] = whole[queries][left]
+        distances[left] = _far(np.argwhere(queries)[left], targets, spacing)
     return distances
+
+
+def _far(queries: Array, targets: Array, spacing: tuple[float, ...]) -> Array:
+    """Distance (mm) of the indices ``queries`` (n, axes) to the nearest voxel in ``targets``, for any distance."""
+    if len(queries) * VOXELS_PER_QUERY < targets.size:
+        tree = cKDTree(np.argwhere(targets) * spacing)
+        return np.asarray(tree.query(queries * spacing)[0])
+    whole = edt.edt(~targets, anisotropy=spacing if len(spacing) > 1 else spacing[0])
+    return np.asarray(whole[tuple(queries.T)])
 
 
 def _flat_index(marked: Array, padded_shape: Sequence[int], margin: Array) -> Array:
     """Index, in the flattened padded array, of the voxels marked."""
     where = np.nonzero(marked)
-    return np.ravel_multi_index(tuple(w + m for w, m in zip(where, margin.tolist(), strict=True)), tuple(padded_shape))
+    index = np.ravel_multi_index(tuple(w + m for w, m in zip(where, margin.tolist(), strict=True)), tuple(padded_shape))
+    return index.astype(np.int32 if np.prod(padded_shape) < 1 << 31 else np.int64)
 
 
 @lru_cache(maxsize=64)
-def _neighbourhood(spacing: tuple[float, ...]) -> tuple[Array, Array]:
-    """The nearest index offsets, (n, axes), and their length (mm), sorted by it: whole shells, the origin left out."""
+def _neighbourhood(spacing: tuple[float, ...]) -> tuple[Array, Array, list[tuple[int, int]]]:
+    """The nearest index offsets, (n, axes), their lengths (mm), sorted by these, and the ends of the runs of one length.
+
+    Whole shells, the origin left out.
+    """
     ball = {1: 2.0, 2: np.pi, 3: 4 / 3 * np.pi}[len(spacing)]
     radius = max((NEIGHBOURS * float(np.prod(spacing)) / ball) ** (1 / len(spacing)), min(spacing))
     reach = [int(radius / s) for s in spacing]
@@ -221,7 +237,9 @@ def _neighbourhood(spacing: tuple[float, ...]) -> tuple[Array, Array]:
     lengths = np.linalg.norm(offsets * np.array(spacing), axis=1)
     inside = np.flatnonzero((lengths > 0) & (lengths <= radius))
     order = inside[np.argsort(lengths[inside], kind="stable")]
-    return offsets[order], lengths[order]
+    lengths = lengths[order]
+    starts = np.flatnonzero(np.diff(lengths, prepend=-1.0) > 1e-9)
+    return offsets[order], lengths, list(zip(starts.tolist(), [*starts[1:].tolist(), len(lengths)], strict=True))
 
 
 def distance_transform(targets: torch.Tensor, spacing: Sequence[float]) -> torch.Tensor:

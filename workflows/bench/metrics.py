@@ -1,0 +1,198 @@
+"""Metrics beside their peers: time and memory on a 6-class 512 x 512 x 256 pair, and agreement of definitions.
+
+``python workflows/bench/metrics.py [FOLDER]``; FOLDER with ``labelsTr`` adds 50 pairs of small real label maps. Needs
+medpy, surface-distance and SimpleITK beside MONAI. One CPU thread.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+import surface_distance as deepmind
+import torch
+from _measure import Measurement, measure, show
+from medpy.metric import binary as medpy
+from monai.metrics import DiceMetric, compute_hausdorff_distance, compute_surface_dice
+from scipy import ndimage
+
+from medseg.io import read_labels
+from medseg.metrics import confusion, dice, overlap, structure_scores, surface_scores
+
+SPACING = (0.8, 0.8, 1.5)
+ORGANS = (
+    ((200, 250, 120), (90, 75, 45)),
+    ((350, 200, 140), (45, 45, 50)),
+    ((380, 350, 100), (30, 22, 32)),
+    ((120, 380, 90), (22, 25, 70)),
+    ((300, 400, 150), (20, 20, 70)),
+)  # centre and radii in voxels
+LABELS = list(range(1, len(ORGANS) + 1))
+Pair = tuple[np.ndarray, np.ndarray]
+
+
+def pair() -> Pair:
+    """Prediction and reference of five organs with wobbly borders."""
+    rng = np.random.default_rng(0)
+    maps = np.zeros((2, 512, 512, 256), np.uint8)
+    for label, (centre, radii) in enumerate(ORGANS, 1):
+        box = tuple(slice(max(0, c - r - 16), c + r + 16) for c, r in zip(centre, radii, strict=True))
+        place = np.ogrid[box]
+        reach = sum(((x - c) / r) ** 2 for x, c, r in zip(place, centre, radii, strict=True))
+        for labels, rough in zip(maps, (0.16, 0.10), strict=True):
+            coarse = rng.standard_normal([n // 8 + 2 for n in reach.shape])
+            wobble = ndimage.zoom(coarse, 8, order=1)[tuple(slice(n) for n in reach.shape)]
+            labels[box][reach + rough * wobble < 1] = label
+    return maps[1], maps[0]
+
+
+def small_pairs(folder: Path, count: int = 50) -> list[tuple[np.ndarray, np.ndarray, tuple[float, ...]]]:
+    """Real label maps beside copies whose border was moved at random."""
+    rng = np.random.default_rng(0)
+    pairs = []
+    for path in sorted(p for p in (folder / "labelsTr").glob("*.nii.gz") if not p.name.startswith("."))[:count]:
+        labels = read_labels(path)
+        noise = ndimage.gaussian_filter(rng.standard_normal(labels.geometry.shape), 2)
+        moved = np.where(noise > 0.12, np.roll(labels.array, 1, 0), labels.array)
+        pairs.append((moved.astype(np.uint8), labels.array, labels.geometry.spacing))
+    return pairs
+
+
+def _masks(p: np.ndarray, r: np.ndarray) -> list[Pair]:
+    return [(p == n, r == n) for n in LABELS if (p == n).any() and (r == n).any()]
+
+
+def _tensors(p: np.ndarray, r: np.ndarray) -> list[torch.Tensor]:
+    """One-hot (1, S, I, J, K) of both."""
+    return [torch.stack([torch.as_tensor(a == n) for n in LABELS])[None].float() for a in (p, r)]
+
+
+def _text(values: object) -> str:
+    return " ".join(f"{float(v):.3f}" for v in np.ravel(np.asarray(values, float)))
+
+
+def _sitk(p: np.ndarray, r: np.ndarray) -> str:
+    measures = sitk.LabelOverlapMeasuresImageFilter()
+    measures.Execute(*(sitk.GetImageFromArray(a) for a in (r, p)))
+    return _text([measures.GetDiceCoefficient(n) for n in LABELS])
+
+
+def _deepmind(p: np.ndarray, r: np.ndarray) -> str:
+    rows = []
+    for a, b in _masks(p, r):
+        d = deepmind.compute_surface_distances(b, a, SPACING)
+        rows.append(deepmind.compute_robust_hausdorff(d, 95))
+        deepmind.compute_surface_dice_at_tolerance(d, 1.0)
+    return _text(rows)
+
+
+def _all_at_once(definition: str) -> Callable[[np.ndarray, np.ndarray], str]:
+    def run(p: np.ndarray, r: np.ndarray) -> str:
+        rows = structure_scores(p, r, LABELS, SPACING, definition=definition)  # type: ignore[arg-type]
+        return _text([row["hd95_mm"] for row in rows])
+
+    return run
+
+
+def _surface_rows() -> dict[str, Callable[[np.ndarray, np.ndarray], str]]:
+    def monai_hd(p: np.ndarray, r: np.ndarray) -> str:
+        return _text(
+            compute_hausdorff_distance(*_tensors(p, r), include_background=True, spacing=SPACING, percentile=95)
+        )
+
+    def monai_nsd(p: np.ndarray, r: np.ndarray) -> str:
+        compute_surface_dice(*_tensors(p, r), [1.0] * len(LABELS), include_background=True, spacing=SPACING)
+        return "NSD"
+
+    return {
+        "medseg, all metrics (voxel)": _all_at_once("voxel"),
+        "medseg, all metrics (area)": _all_at_once("area"),
+        "surface-distance: HD95, NSD": _deepmind,
+        "MONAI: HD95": monai_hd,
+        "MONAI: NSD": monai_nsd,
+    }
+
+
+def _overlap_rows() -> dict[str, Callable[[np.ndarray, np.ndarray], str]]:
+    def monai_dice(p: np.ndarray, r: np.ndarray) -> str:
+        metric = DiceMetric(num_classes=len(LABELS) + 1, include_background=False, reduction="none")
+        return _text(metric(*(torch.as_tensor(a)[None, None] for a in (p, r))))
+
+    return {
+        "medseg: counts of all classes": lambda p, r: _text(dice(overlap(p, r, LABELS))),
+        "numpy bincount of all voxels": lambda p, r: str(np.bincount((p * np.uint8(6) + r).ravel(), minlength=36)[0]),
+        "medpy: Dice": lambda p, r: _text([medpy.dc(p == n, r == n) for n in LABELS]),
+        "SimpleITK: overlap measures": _sitk,
+        "MONAI: Dice": monai_dice,
+    }
+
+
+def agreement() -> None:
+    """Our three definitions beside the packages that use them, on one pair of masks."""
+    rng = np.random.default_rng(1)
+    field = ndimage.gaussian_filter(rng.standard_normal((40, 36, 20)), 3)
+    a, b = field > 0, field + 0.03 * rng.standard_normal() + 0.3 * np.roll(field, 3, 1) > 0
+    spacing = (0.7, 1.1, 2.5)
+    ours = {d: surface_scores(a, b, spacing, definition=d) for d in ("voxel", "pooled", "area")}  # type: ignore[arg-type]
+    tensors = [torch.as_tensor(m)[None, None].float() for m in (a, b)]
+    d = deepmind.compute_surface_distances(b, a, spacing)
+    monai = compute_hausdorff_distance(*tensors, include_background=True, spacing=spacing, percentile=95)
+    rows = [
+        ("voxel", "MONAI", float(monai)),
+        ("pooled", "medpy", medpy.hd95(a, b, spacing)),
+        ("area", "surface-distance", deepmind.compute_robust_hausdorff(d, 95)),
+    ]
+    print("\n### HD95 (mm) by definition\n\n| definition | medseg | peer | value |\n| --- | --- | --- | --- |")
+    for name, peer, value in rows:
+        print(f"| {name} | {ours[name].hd95_mm:.5f} | {peer} | {value:.5f} |")
+
+
+def _many(score: Callable[[np.ndarray, np.ndarray, tuple[float, ...]], object]) -> Callable[[list], str]:
+    def run(pairs: list) -> str:
+        return _text([np.mean([value for one in pairs for value in np.ravel(score(*one))])])
+
+    return run
+
+
+def small(folder: Path) -> dict[str, Measurement]:
+    """All metrics, and HD95 alone by the peers, of 50 small pairs."""
+    rows: dict[str, Callable[[np.ndarray, np.ndarray, tuple[float, ...]], object]] = {
+        "medseg, all metrics": lambda p, r, s: [x["hd95_mm"] for x in structure_scores(p, r, [1, 2], s)],
+        "medseg, overlap alone": lambda p, r, s: confusion(p, r, [1, 2])[0, 0],
+        "surface-distance: HD95": lambda p, r, s: [
+            deepmind.compute_robust_hausdorff(deepmind.compute_surface_distances(r == n, p == n, s), 95) for n in (1, 2)
+        ],
+        "medpy: HD95": lambda p, r, s: [medpy.hd95(p == n, r == n, s) for n in (1, 2)],
+        "MONAI: HD95": lambda p, r, s: compute_hausdorff_distance(
+            *(torch.stack([torch.as_tensor(a == n) for n in (1, 2)])[None].float() for a in (p, r)),
+            include_background=True, spacing=s, percentile=95,
+        ),
+    }  # fmt: skip
+    pairs = small_pairs(folder)
+    return {name: measure(lambda score=score: _many(score)(pairs)) for name, score in rows.items()}
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    agreement()
+    tables = (
+        ("Overlap, 6 classes, 512 x 512 x 256, one thread (note: Dice)", _overlap_rows()),
+        ("Surface, 5 organs, 512 x 512 x 256, one thread (note: HD95, mm)", _surface_rows()),
+    )
+    maps = pair()
+    for title, rows in tables:
+        measured = {name: measure(lambda run=run: run(*maps)) for name, run in rows.items()}
+        show(title, measured, next(iter(rows)))
+    if len(sys.argv) > 1:
+        rows = small(Path(sys.argv[1]))
+        show("50 small pairs, 2 structures, one thread (note: mean HD95, mm)", rows, next(iter(rows)))
+
+
+if __name__ == "__main__":
+    main()
