@@ -70,7 +70,7 @@ def window_starts(size: int, patch: int, overlap: float) -> list[int]:
     return [round(n * (size - patch) / gaps) for n in range(gaps + 1)]
 
 
-def _gaussian(size: int, sigma_scale: float, device: torch.device | str) -> torch.Tensor:
+def _gaussian(size: int, sigma_scale: float = 0.125, device: torch.device | str = "cpu") -> torch.Tensor:
     """(size,) float64 weights, 1 at the centre, bounded away from zero."""
     x = torch.arange(size, dtype=torch.float64, device=device) - (size - 1) / 2
     return torch.exp(-0.5 * (x / (sigma_scale * size)) ** 2).clamp_min(1e-6)
@@ -104,25 +104,21 @@ def gaussian_weights(
     return weights
 
 
-def _normalised_weights(starts: Sequence[int], patch: int, device: torch.device) -> dict[int, torch.Tensor]:
-    """(patch,) float32 weights of the window at each start, which sum to one over the windows at every voxel.
-
-    The windows lie on a grid and the weights are products over the axes, so their sum is a product too: to divide each
-    axis by its own sum once is to divide each voxel by the sum of its weights.
-    """
-    weight = _gaussian(patch, 0.125, device)
-    total = torch.zeros(max(starts) + patch, dtype=torch.float64, device=device)
+def _weight_sums(starts: Sequence[int], weight: torch.Tensor) -> torch.Tensor:
+    """Sum of the windows' weights at each voxel of one axis."""
+    total = torch.zeros(max(starts) + len(weight), dtype=weight.dtype, device=weight.device)
     for start in starts:
-        total[start : start + patch] += weight
-    return {start: (weight / total[start : start + patch]).float() for start in starts}
+        total[start : start + len(weight)] += weight
+    return total
 
 
 class _Ring:
     """Accumulates weighted windows in ``depth`` planes, (K, depth, H, W): plane i of the image is plane i % depth."""
 
-    def __init__(self, classes: int, depth: int, plane: Sequence[int], device: torch.device) -> None:
-        self.sums = torch.zeros((classes, depth, *plane), device=device)
+    def __init__(self, classes: int, depth: int, plane: Sequence[int], weight: torch.Tensor) -> None:
+        self.sums = torch.zeros((classes, depth, *plane), device=weight.device)
         self.depth = depth
+        self.weight = weight.float()
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, torch.Tensor]]:
         """The planes start..stop of the image as at most two runs (start, stop, view)."""
@@ -132,14 +128,13 @@ class _Ring:
             yield start, end, self.sums[:, first : first + end - start]
             start = end
 
-    def add(self, logits: torch.Tensor, start: tuple[int, int, int], weights: Sequence[torch.Tensor]) -> None:
-        """Add the logits (K, *patch) of the window at ``start``, weighted by a product of one vector per axis."""
+    def add(self, logits: torch.Tensor, start: tuple[int, int, int]) -> None:
+        """Add the weighted logits (K, *patch) of the window at ``start``."""
         depth, height, width = logits.shape[1:]
-        weight = weights[0][:, None, None] * (weights[1][:, None] * weights[2])
         for a, b, planes in self.pieces(start[0], start[0] + depth):
             here = slice(a - start[0], b - start[0])
             target = planes[:, :, start[1] : start[1] + height, start[2] : start[2] + width]
-            target.addcmul_(logits[:, here].to(target.dtype), weight[here])
+            target.addcmul_(logits[:, here].to(target.dtype), self.weight[here])
 
 
 def _check(image: torch.Tensor, patch: Sequence[int], batch: int) -> None:
@@ -161,6 +156,7 @@ def sliding_logits_slabs(
     device: torch.device | str | None = None,
     autocast: torch.dtype | None = None,
     progress: Progress | None = None,
+    normalised: bool = True,
 ) -> Iterator[Slab]:
     """Logits of a whole image from overlapping windows, part by part.
 
@@ -182,12 +178,15 @@ def sliding_logits_slabs(
         Run the network under autocast to this type; sums are float32 in any case.
     progress : callable, optional
         Called as ``progress(windows_done, windows)``.
+    normalised : bool
+        Divide by the sum of the weights. Without it each voxel's logits carry one positive factor, which neither their
+        order nor their sign depends on.
 
     Yields
     ------
     Slab
         In order, without gap or overlap, along axis 0 for 3D and along axis 2 for 2D patches: float32 logits, averaged
-        with Gaussian weights (:func:`gaussian_weights`) that sum to one at every voxel.
+        with Gaussian weights (:func:`gaussian_weights`).
 
     Raises
     ------
@@ -213,7 +212,9 @@ def sliding_logits_slabs(
     inner = [slice(b, b + n) for b, n in zip(before, shape, strict=True)]
     sizes = image.shape[1:]
     starts = [window_starts(n, p, overlap) for n, p in zip(sizes, patch, strict=True)]
-    weights = [_normalised_weights(s, p, device) for s, p in zip(starts, patch, strict=True)]
+    weight = gaussian_weights(patch, device=device)
+    # windows lie on a grid and the weights are a product over the axes, so the sum of the weights is a product as well
+    sums = [_weight_sums(s, _gaussian(p, device=device)) for s, p in zip(starts, patch, strict=True)]
     windows = [(i, j, k) for i, j, k in product(*starts)]
     batches = [windows[n : n + batch] for n in range(0, len(windows), batch)]
     depth = min(sizes[0], patch[0] + max(group[-1][0] - group[0][0] for group in batches))
@@ -226,17 +227,21 @@ def sliding_logits_slabs(
             first, last = max(a, inner[0].start), min(b, inner[0].stop)
             if first < last:
                 part = planes[:, first - a : last - a, inner[1], inner[2]]
+                if normalised:
+                    factors = [1 / total[s] for total, s in zip(sums, (slice(first, last), *inner[1:]), strict=True)]
+                    part.mul_((factors[0][:, None, None] * (factors[1][:, None] * factors[2])).float())
                 yield Slab(axis, first - before[0], last - before[0], part.movedim(1, 3) if flat else part)
             planes.zero_()
 
     for number, group in enumerate(batches):
         logits = _run(network, image, group, buffer, autocast, flat)
         if ring is None:
-            ring = _Ring(logits.shape[1], depth, sizes[1:], device)
+            ring = _Ring(logits.shape[1], depth, sizes[1:], weight)
         yield from hand_out(ring, group[0][0])
         finished = group[0][0]
-        for start, one in zip(group, logits, strict=True):
-            ring.add(one, start, [w[s] for w, s in zip(weights, start, strict=True)])
+        for n, start in enumerate(group):
+            ring.add(logits[n], start)
+        del logits  # before the next call allocates as much again: memory is reused, not returned and fetched anew
         if progress is not None:
             progress(min(len(windows), (number + 1) * batch), len(windows))
     if ring is not None:
@@ -345,7 +350,15 @@ def predict_labels(
     (I, J, K) tensor of uint8 (int16 above 255 classes), or (K, I, J, K) of bool where ``overlapping``; on the CPU
     """
     slabs = sliding_logits_slabs(
-        network, image, patch, overlap=overlap, batch=batch, device=device, autocast=autocast, progress=progress
+        network,
+        image,
+        patch,
+        overlap=overlap,
+        batch=batch,
+        device=device,
+        autocast=autocast,
+        progress=progress,
+        normalised=False,
     )
     return _assemble(slabs, image.shape[1:], lambda logits: labels_of(logits, overlapping))
 
