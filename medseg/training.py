@@ -327,8 +327,11 @@ class Learner:
         self.network.module.load_state_dict(parts["model"])
         self.ema = {n: t.to(self.device) for n, t in parts["ema"].items()}
         moments: dict[int, dict[str, Tensor]] = {}
+        parameters = self.optimizer.param_groups[0]["params"]
         for name, tensor in parts["optimizer"].items():
             index, key = name.split(".", 1)
+            if tensor.ndim:  # the fused optimiser walks parameters and moments in memory order: it must be the same
+                tensor = torch.empty_like(parameters[int(index)]).copy_(tensor)
             moments.setdefault(int(index), {})[key] = tensor
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})

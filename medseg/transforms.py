@@ -89,7 +89,8 @@ def normalise(array: np.ndarray, channels: Sequence[ChannelPlan]) -> np.ndarray:
 
 
 def _to_meta(array: np.ndarray, geometry: Geometry) -> MetaTensor:
-    return MetaTensor(torch.from_numpy(np.ascontiguousarray(array)), affine=torch.from_numpy(geometry.affine.copy()))
+    writable = np.require(array, requirements=["C", "W"])
+    return MetaTensor(torch.from_numpy(writable), affine=torch.from_numpy(geometry.affine.copy()))
 
 
 class ReadCased(MapTransform):
@@ -154,6 +155,21 @@ class Normalised(MapTransform):
         return out
 
 
+class Pipeline(Compose):
+    """A MONAI pipeline that lets our errors through as they are, and writes no voxels into logs."""
+
+    def __init__(self, transforms: Sequence[MapTransform]) -> None:
+        super().__init__(transforms, log_stats=False)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().__call__(*args, **options)
+        except RuntimeError as problem:
+            if isinstance(problem.__cause__, ValueError | TypeError | OSError):
+                raise problem.__cause__ from None
+            raise
+
+
 def preprocessing(plan: Plan) -> Compose:
     """The pipeline from files to network input.
 
@@ -163,7 +179,7 @@ def preprocessing(plan: Plan) -> Compose:
         Takes ``{"case": id, "image": paths or Volume, "label": path, LabelMap or None}``; gives "image", a float32
         MetaTensor (C, I, J, K); "label", an int16 MetaTensor (I, J, K) of class indices, or None; "geometry".
     """
-    return Compose([ReadCased(), PlannedGridd(plan), Normalised(plan.channels)])
+    return Pipeline([ReadCased(), PlannedGridd(plan), Normalised(plan.channels)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ class VolumeInfo:
         return Geometry(self.shape[-3:], self.affine)  # type: ignore[arg-type]
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON types; NaN becomes None."""
+        """The fields of the contract as JSON types; NaN becomes None."""
         return {
             "path": self.path,
             "series": self.series,
@@ -72,5 +72,4 @@ class VolumeInfo:
             "spacing_mm": _json_value(self.spacing_mm),
             "affine": _json_value(self.affine),
             "quirks": list(self.quirks),
-            "name": self.name,
         }

@@ -1,0 +1,175 @@
+"""Planning on small sets whose right answer can be worked out by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import medseg
+from medseg.config import TrainConfig
+from medseg.plan import Plan, pick_device
+from medseg.volume import Geometry, LabelMap, Structure, Volume
+
+
+def write_case(
+    root: Path,
+    name: str,
+    geometry: Geometry,
+    low: float = 0.0,
+    names: tuple[str, ...] = ("organ",),
+    dtype: str = "int16",
+) -> None:
+    """A bright box per structure on a noisy background."""
+    generator = np.random.default_rng(abs(hash(name)) % 1000)
+    array = generator.normal(low, 10, geometry.shape)
+    labels = np.zeros(geometry.shape, np.uint8)
+    for n in range(1, len(names) + 1):
+        at = tuple(slice(s // 4 + n, s // 2 + n) for s in geometry.shape[:2])
+        array[at] += 100 * n
+        labels[at] = n
+    structures = tuple(Structure(n, name) for n, name in enumerate(names, start=1))
+    medseg.write(Volume(array.astype(dtype), geometry), root / "images" / f"{name}.nii.gz")
+    medseg.write(LabelMap(labels, geometry, structures), root / "labels" / f"{name}.nii.gz")
+
+
+def grid(shape: tuple[int, int, int], spacing: tuple[float, float, float], orientation: str = "RAS") -> Geometry:
+    direction = np.zeros((3, 3))
+    for axis, letter in enumerate(orientation):
+        direction["RLAPSI".index(letter) // 2, axis] = 1 if letter in "RAS" else -1
+    return Geometry.from_parts(shape, spacing, (5, -7, 11), direction)
+
+
+def test_plan_of_thick_slices(tmp_path: Path) -> None:
+    """Slices 6 mm thick along the third axis: no pooling across them at first, kernels of 1, slices last."""
+    for n in range(3):
+        write_case(tmp_path, f"case{n}", grid((40, 44, 10), (1.0, 1.0, 6.0)))
+    plan = medseg.make_plan(medseg.load_dataset(tmp_path))
+    assert plan.model == "unet3d"
+    assert plan.orientation == "RAS"
+    assert plan.spacing == (1.0, 1.0, 6.0)
+    assert plan.kernels[0] == (3, 3, 1)
+    assert plan.strides[0] == (2, 2, 1)
+    assert all(p % d == 0 for p, d in zip(plan.patch, np.prod(plan.strides, axis=0), strict=True))
+    assert all(p >= s for p, s in zip(plan.patch, (40, 44, 10), strict=True))
+    assert set(plan.reasons) >= {"model", "spacing", "patch", "batch", "features", "channels", "structures", "mirror"}
+
+
+def test_plan_turns_sagittal_slices_last(tmp_path: Path) -> None:
+    """The same anatomy stored sagittally: slices are along R, so R comes last whatever the file's axis order."""
+    for n, orientation in enumerate(("PSR", "ASL", "RPI")):
+        shape = {"R": 12, "L": 12, "A": 30, "P": 30, "S": 28, "I": 28}
+        spacing = {"R": 5.0, "L": 5.0, "A": 1.0, "P": 1.0, "S": 1.2, "I": 1.2}
+        geometry = grid(tuple(shape[o] for o in orientation), tuple(spacing[o] for o in orientation), orientation)
+        write_case(tmp_path, f"case{n}", geometry)
+    plan = medseg.make_plan(medseg.load_dataset(tmp_path))
+    assert plan.orientation == "ASR"
+    assert plan.spacing == pytest.approx((1.0, 1.2, 5.0))
+
+
+def test_ct_is_recognised_and_clipped_to_the_foreground(tmp_path: Path) -> None:
+    for n in range(2):
+        write_case(tmp_path, f"case{n}", grid((20, 24, 16), (1.0, 1.0, 2.0)), low=-1000)
+    (channel,) = medseg.make_plan(medseg.load_dataset(tmp_path)).channels
+    assert channel.scheme == "ct"
+    assert channel.low < channel.mean < channel.high
+    assert channel.mean == pytest.approx(-900, abs=3)  # the foreground is 100 above -1000
+
+
+def test_left_and_right_forbid_mirroring(tmp_path: Path) -> None:
+    for n in range(2):
+        write_case(tmp_path, f"case{n}", grid((20, 24, 16), (1.0, 1.0, 2.0)), names=("LeftKidney", "RightKidney"))
+    dataset = medseg.load_dataset(tmp_path)
+    assert medseg.make_plan(dataset).mirror in ((), (0,))  # names are not declared in plain folders
+    (tmp_path / "dataset.json").write_text('{"labels": {"background": 0, "LeftKidney": 1, "RightKidney": 2}}')
+    plan = medseg.make_plan(medseg.load_dataset(tmp_path))
+    assert plan.mirror == ()
+    assert "left and right" in plan.reasons["mirror"]
+    assert [s.name for s in plan.structures] == ["LeftKidney", "RightKidney"]
+
+
+def test_patch_keeps_to_the_budget_on_big_images(tmp_path: Path) -> None:
+    write_case(tmp_path, "big", grid((200, 160, 90), (0.7, 0.7, 1.5)))
+    plan = medseg.make_plan(medseg.load_dataset(tmp_path))
+    assert np.prod(plan.patch) * plan.batch < 600_000
+    sizes = np.array(plan.patch) * (0.7, 0.7, 1.5)
+    assert sizes.max() / sizes.min() < 1.6  # even in millimetres
+
+
+class TestBadInput:
+    def test_undeclared_label(self, tmp_path: Path) -> None:
+        write_case(tmp_path, "one", grid((20, 24, 16), (1.0, 1.0, 2.0)), names=("a", "b"))
+        (tmp_path / "dataset.json").write_text('{"labels": {"background": 0, "a": 1}}')
+        with pytest.raises(ValueError, match=r"labels must be declared \(1\), got 2 in case one"):
+            medseg.make_plan(medseg.load_dataset(tmp_path))
+
+    def test_structure_that_never_occurs(self, tmp_path: Path) -> None:
+        write_case(tmp_path, "one", grid((20, 24, 16), (1.0, 1.0, 2.0)))
+        (tmp_path / "dataset.json").write_text('{"labels": {"background": 0, "a": 1, "ghost": 9}}')
+        with pytest.raises(ValueError, match=r"must occur in the training cases, got none of ghost \(9\)"):
+            medseg.make_plan(medseg.load_dataset(tmp_path))
+
+    def test_label_on_another_grid_tells_the_distance(self, tmp_path: Path) -> None:
+        geometry = grid((20, 24, 16), (1.0, 1.0, 2.0))
+        write_case(tmp_path, "one", geometry)
+        moved = Geometry(geometry.shape, geometry.affine + np.array([[0, 0, 0, 3], [0, 0, 0, 4], [0] * 4, [0] * 4]))
+        medseg.write(LabelMap(np.ones(geometry.shape, np.uint8), moved), tmp_path / "labels" / "one.nii.gz", force=True)
+        with pytest.raises(
+            medseg.GeometryError, match=r"case one must lie on the same grid, got corners up to 5\.000 mm"
+        ):
+            medseg.make_plan(medseg.load_dataset(tmp_path))
+
+    def test_nan_voxels(self, tmp_path: Path) -> None:
+        geometry = grid((20, 24, 16), (1.0, 1.0, 2.0))
+        write_case(tmp_path, "one", geometry)
+        array = np.ones(geometry.shape, np.float32)
+        array[:] = np.nan
+        medseg.write(Volume(array, geometry), tmp_path / "images" / "one.nii.gz", force=True)
+        with pytest.raises(ValueError, match="must be finite, got NaN or Inf in case one; run medseg check"):
+            medseg.make_plan(medseg.load_dataset(tmp_path))
+
+    def test_only_background(self, tmp_path: Path) -> None:
+        geometry = grid((20, 24, 16), (1.0, 1.0, 2.0))
+        write_case(tmp_path, "one", geometry, names=())
+        with pytest.raises(ValueError, match="must mark at least one structure"):
+            medseg.make_plan(medseg.load_dataset(tmp_path))
+
+    def test_volume_network_for_pictures(self, tmp_path: Path) -> None:
+        write_case(tmp_path, "one", grid((32, 24, 1), (1.0, 1.0, 1.0)))
+        with pytest.raises(ValueError, match="use --model unet2d"):
+            medseg.make_plan(medseg.load_dataset(tmp_path), model="unet3d")
+        assert medseg.make_plan(medseg.load_dataset(tmp_path)).model == "unet2d"
+
+
+class TestRecords:
+    def test_plan_survives_json(self, tmp_path: Path) -> None:
+        write_case(tmp_path / "set", "one", grid((20, 24, 16), (1.0, 1.0, 2.0)))
+        plan = medseg.make_plan(medseg.load_dataset(tmp_path / "set"))
+        plan.save(tmp_path / "plan.json")
+        assert Plan.load(tmp_path / "plan.json") == plan
+        assert set(plan.summary()) >= {"model", "patch", "batch"}
+        with pytest.raises(FileExistsError):
+            plan.save(tmp_path / "plan.json")
+
+    def test_unknown_keys_are_refused_by_name(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text('{"dataset": "a", "out": "b", "learning": 1}')
+        with pytest.raises(ValueError, match=r"learning in .*config\.json must be valid"):
+            TrainConfig.load(tmp_path / "config.json")
+
+    def test_broken_json_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "plan.json").write_text("{")
+        with pytest.raises(ValueError, match=r"plan\.json must hold JSON"):
+            Plan.load(tmp_path / "plan.json")
+
+    def test_two_limits_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="epochs and minutes must not both be given"):
+            TrainConfig(dataset="a", out="b", epochs=3, minutes=2)
+
+
+def test_devices() -> None:
+    assert pick_device("cpu").type == "cpu"
+    with pytest.raises(ValueError, match="device must be auto, cpu, cuda or cuda:n, got 'gpu'"):
+        pick_device("gpu")
+    with pytest.raises(ValueError, match="device must be present, got cuda:99"):
+        pick_device("cuda:99")
