@@ -100,7 +100,7 @@ def series(
     arrays = []
     for k, position in enumerate(positions):
         array = pixels(k, seed=seed)
-        ds = image(array, position, axes, InstanceNumber=(k * 7) % 5 + 1, **{**tags, **each(k)})
+        ds = image(array, position, axes, **{"InstanceNumber": (k * 7) % 5 + 1, **tags, **each(k)})
         save(ds, folder / f"{prefix}{(k * 37) % 101:03d}_{k}.dcm")
         arrays.append(array)
     return arrays
@@ -179,9 +179,9 @@ def csa(values: dict[str, Sequence[str]], version: int = 2) -> bytes:
     out += len(values).to_bytes(4, "little") + (77).to_bytes(4, "little")
     first = 0
     for number, (name, texts) in enumerate(values.items()):
-        count = max(6, len(texts))
+        count = max(6, len(texts)) if texts else 0
         first = count if number == 1 else first
-        out += name.encode().ljust(64, b"\0") + len(texts).to_bytes(4, "little") + b"FD\0\0"
+        out += name.encode().ljust(64, b"\0") + len(texts).to_bytes(4, "little") + _vr(texts)
         out += (4).to_bytes(4, "little") + count.to_bytes(4, "little") + (77).to_bytes(4, "little")
         for k in range(count):
             data = texts[k].encode() + b"\0" if k < len(texts) else b""
@@ -190,6 +190,11 @@ def csa(values: dict[str, Sequence[str]], version: int = 2) -> bytes:
             out += b"".join(v.to_bytes(4, "little") for v in (stated, length, 77, length))
             out += data.ljust(-(-length // 4) * 4, b"\0")
     return out
+
+
+def _vr(texts: Sequence[str]) -> bytes:
+    text = "".join(texts)
+    return b"SH\0\0" if "*" in text else b"FD\0\0" if "." in text else b"IS\0\0"
 
 
 def mosaic(
@@ -210,8 +215,13 @@ def mosaic(
         ImageType=["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"], SpacingBetweenSlices=gap,
     )  # fmt: skip
     block = ds.private_block(0x29, "SIEMENS CSA HEADER", create=True)
-    header = {"EchoLinePosition": ["1"], "ICE_Dims": ["X_1"], "NumberOfImagesInMosaic": [str(len(arrays))],
-              "SliceNormalVector": [f"{v:.8f}" for v in normal]}  # fmt: skip
+    header = {
+        "ImaCoilString": [],
+        "EchoLinePosition": ["1"],
+        "AcquisitionMatrixText": [f"{rows}*{columns}"],
+        "NumberOfImagesInMosaic": [str(len(arrays))],
+        "SliceNormalVector": [f"{v:.8f}" for v in normal],
+    }
     block.add_new(0x10, "OB", csa(header, tags.pop("csa_version", 2)))
     for keyword, value in tags.items():
         setattr(ds, keyword, value)

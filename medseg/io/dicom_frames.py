@@ -32,6 +32,7 @@ _COMPONENTS = {
 }  # fmt: skip
 _GE_COMPONENTS = ("magnitude", "phase", "real", "imaginary")
 MAX_FRAMES = 1 << 20
+_LARGEST = 1e25  # of slopes and intercepts: products with 32-bit values stay within float32
 
 
 @dataclass(slots=True, eq=False)
@@ -121,6 +122,10 @@ def frames_of(header: Header) -> list[Frame]:
             raise DicomError(
                 f"pixel data must hold {(bits + 7) // 8} bytes, got {available} in {header.file.name} (truncated?)"
             )
+    if header.pixels is not None and header.pixels.length is None:
+        available = _stream_bytes(header) - header.pixels.offset
+        if 8 * count > available:  # each frame is at least one fragment, which has a head of 8 bytes
+            raise DicomError(f"{available} bytes of pixel data must hold the frames, got {count} in {header.file.name}")
     types = item.texts("ImageType")
     if item.text("SOPClassUID") == _WHOLE_SLIDE:
         raise DicomError(f"image must be radiological, got a whole slide in {header.file.name}")
@@ -172,7 +177,7 @@ def _spacing(values: Vector) -> Vector | None:
     """Distances along i and j from (row spacing, column spacing) as DICOM orders them."""
     if len(values) != 2:
         return None
-    if not all(math.isfinite(v) and 0 < v < 1e5 for v in values):
+    if not all(1e-6 < v < 1e5 for v in values):
         raise DicomError(f"PixelSpacing must be two positive numbers of millimetres, got {values}")
     return values[1], values[0]
 
@@ -188,14 +193,14 @@ def _pixel_spacing(item: Item) -> Vector | None:
 def _positive(item: Item, *keywords: str) -> float | None:
     for keyword in keywords:
         value = item.number(keyword)
-        if value is not None and math.isfinite(value) and value != 0:
+        if value is not None and 1e-6 < abs(value) < 1e6:
             return abs(value)
     return None
 
 
 def _rescale(item: Item) -> tuple[float, float]:
     slope, intercept = item.number("RescaleSlope", 1.0), item.number("RescaleIntercept", 0.0)
-    if slope is None or intercept is None or not (math.isfinite(slope) and math.isfinite(intercept)):
+    if slope is None or intercept is None or not (abs(slope) < _LARGEST and abs(intercept) < _LARGEST):
         raise DicomError(f"rescale slope and intercept must be finite, got {slope} and {intercept}")
     return slope, intercept
 
@@ -237,6 +242,8 @@ def _classic(header: Header, shape: tuple[int, int]) -> Frame:
     slope, intercept = _rescale(item)
     if "DoseGridScaling" in item:
         slope, intercept = float(item.number("DoseGridScaling") or 1.0), 0.0
+        if not abs(slope) < _LARGEST:
+            raise DicomError(f"DoseGridScaling must be finite, got {slope} in {header.file.name}")
     return Frame(
         header,
         0,

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from medseg.io.dicom_frames import Frame
-from medseg.volume import DicomError, Geometry
+from medseg.volume import DicomError, Geometry, GeometryError
 
 __all__ = ["NotRegular", "grid_of", "lps_to_ras", "normal_of", "picture_grid", "positions_along", "regular_grid"]
 
@@ -86,7 +86,10 @@ def grid_of(frames: Sequence[Frame]) -> tuple[Geometry, list[str]]:
     row, column = np.asarray(first.axes[:3]), np.asarray(first.axes[3:])  # type: ignore[index]
     di, dj = first.spacing or (1.0, 1.0)
     affine[:3, 0], affine[:3, 1], affine[:3, 2], affine[:3, 3] = row * di, column * dj, step, points[0]
-    geometry = Geometry((*first.shape, len(frames)), lps_to_ras(affine))
+    try:
+        geometry = Geometry((*first.shape, len(frames)), lps_to_ras(affine))
+    except GeometryError as error:
+        raise NotRegular(str(error)) from None
     if geometry.is_skewed:
         angle = np.degrees(np.arccos(min(1.0, float(step @ normal) / float(np.linalg.norm(step)))))
         quirks.append(f"gantry tilt of {angle:.1f} degrees: the sheared grid is kept (medseg.straighten resamples it)")
