@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -167,9 +168,20 @@ def _volumes(source: Path, chosen: ConvertOptions) -> Iterator[tuple[str, Volume
             show_patient=chosen.show_patient,
         )  # fmt: skip
         pairs: Iterator[tuple[str, Volume | DicomError]] = ((info.name, volume) for info, volume in found)
+        if chosen.resample:
+            pairs = ((name, _straight(volume)) for name, volume in pairs)
         yield from _series(pairs) if chosen.four_d else pairs
         return
     yield source.name[: -len(supported_suffix(source)) or None], read(source, chosen.series)
+
+
+def _straight(volume: Volume | DicomError) -> Volume | DicomError:
+    """The volume on a straight grid, if it is skewed; the resampler, and torch with it, loads only then."""
+    if isinstance(volume, DicomError) or not volume.geometry.is_skewed:
+        return volume
+    straight: Volume = import_module("medseg.resample").straighten(volume)
+    said = *volume.meta["warnings"], f"sheared grid resampled to a straight one of {straight.geometry.shape} voxels"
+    return replace(straight, meta={**straight.meta, "warnings": said})
 
 
 def _series(pairs: Iterator[tuple[str, Volume | DicomError]]) -> Iterator[tuple[str, Volume | DicomError]]:

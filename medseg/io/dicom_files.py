@@ -7,10 +7,9 @@ yields more than that).
 
 from __future__ import annotations
 
-import io
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -70,11 +69,11 @@ class Folder:
     notes: tuple[str, ...] = ()
 
 
-def open_folder(path: str | os.PathLike[str]) -> Folder:
+def open_folder(path: str | os.PathLike[str], referenced_files: Callable[[DicomFile], list[tuple[str, ...]]]) -> Folder:
     """List the files of a folder (with its subfolders), zip or DICOMDIR, or the one file itself.
 
     Symbolic links that lead out of the folder are not followed. Cost: one directory walk; no file is read (except a
-    DICOMDIR or the directory of a zip).
+    DICOMDIR, by ``referenced_files``, or the directory of a zip).
 
     Raises
     ------
@@ -89,8 +88,6 @@ def open_folder(path: str | os.PathLike[str]) -> Folder:
     if path.is_dir():
         return _walk(path)
     if path.name.upper() == "DICOMDIR":
-        from medseg.io.dicom_header import referenced_files  # the header reader needs DicomFile from here
-
         return _referenced(path, referenced_files(DicomFile(path, path.stat().st_size)))
     if zipfile.is_zipfile(path) and not _begins_like_dicom(path):
         return _zip(path)
@@ -152,8 +149,3 @@ def _referenced(path: Path, wanted: list[tuple[str, ...]]) -> Folder:
             files.append(found)
     notes = (f"{missing} of {len(wanted)} files named in the DICOMDIR are missing",) if missing else ()
     return Folder(path.parent, tuple(files), notes)
-
-
-def in_memory(data: bytes) -> IO[bytes]:
-    """A stream over bytes at hand."""
-    return io.BytesIO(data)

@@ -15,7 +15,7 @@ from medseg.io.dicom_files import DicomFile, open_folder
 from medseg.io.dicom_frames import Frame, frames_of, object_kind_of
 from medseg.io.dicom_grid import grid_of, picture_grid
 from medseg.io.dicom_group import Stack, group
-from medseg.io.dicom_header import Header, read_header
+from medseg.io.dicom_header import Header, read_header, referenced_files
 from medseg.io.dicom_pixels import same_pixels
 from medseg.io.info import VolumeInfo
 from medseg.volume import DicomError
@@ -60,7 +60,7 @@ def scan(path: PathLike, show_patient: bool = False) -> Scan:
     DicomError
         If it holds no DICOM image, or the one file given is not readable.
     """
-    folder = open_folder(path)
+    folder = open_folder(path, referenced_files)
     chunks = [folder.files[k : k + _CHUNK] for k in range(0, len(folder.files), _CHUNK)]
     with ThreadPoolExecutor(min(_THREADS, max(1, len(chunks)))) as pool:
         results = [r for chunk in pool.map(_read_chunk, chunks) for r in chunk]
