@@ -6,6 +6,7 @@ Results go to stdout, progress and messages to stderr. Exit code 0 is success, 1
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import traceback
@@ -284,11 +285,15 @@ def evaluate(
     reference: Positional[Path],
     *,
     out: Path | None = None,
+    image: Path | None = None,
+    compare: Path | None = None,
+    lesions: bool = False,
     tolerance_mm: float = 1.0,
     labels_present: bool = False,
     resample: bool = False,
     common_only: bool = False,
     json: bool = False,
+    force: bool = False,
 ) -> int:
     """Compare predictions with references: rows per case and structure, summary with confidence intervals.
 
@@ -297,19 +302,33 @@ def evaluate(
     Args:
         prediction: a label map or a folder of them
         reference: a label map or a folder of them (matched by file name)
-        out: folder for metrics.json, metrics.csv
+        out: folder for metrics.json, metrics.csv and report.html
+        image: scan or folder of scans of the same names, shown in the report
+        compare: another prediction or folder of them, compared case by case with the first
+        lesions: count the connected components that were found, missed and made up
         tolerance_mm: tolerance of the normalised surface Dice, in mm
         labels_present: score only structures that the reference of the case holds
         resample: put predictions on another grid onto that of the reference
         common_only: leave out cases that one side lacks
         json: print JSON
+        force: overwrite outputs
     """
     with _bar("evaluating") as progress:
-        found = medseg.evaluate(
-            prediction, reference, tolerance_mm=tolerance_mm, labels_present=labels_present, resample=resample,
-            common_only=common_only, progress=progress, out=out,
+        found, other = (
+            side and medseg.evaluate(
+                side, reference, tolerance_mm=tolerance_mm, lesions=lesions, labels_present=labels_present,
+                resample=resample, common_only=common_only, progress=progress,
+            )
+            for side in (prediction, compare)
         )  # fmt: skip
+    if out is not None:
+        found.write(out, force=force)
+        medseg.report_evaluation.report_of_evaluation(
+            out / "report.html", found, prediction, reference, image=image, other=other, resample=resample, force=force
+        )
     _show(found, json)
+    if other is not None and not json:
+        _show_comparison(medseg.statistics.compare(other, found))
     return 1 if found.failed else 0
 
 
@@ -358,9 +377,7 @@ def _print(table: Table) -> None:
 
 
 def _print_json(value: Any) -> None:
-    from json import dumps
-
-    print(dumps(value, indent=1))
+    print(json.dumps(value, indent=1))
 
 
 def _show(evaluation: Any, json: bool) -> None:
@@ -375,6 +392,14 @@ def _show(evaluation: Any, json: bool) -> None:
     _print(table)
     for row in evaluation.failed:
         ERR.print(f"{row['case']}: {row['error']}", markup=False, highlight=False)
+
+
+def _show_comparison(comparisons: Any) -> None:
+    table = Table("structure", "pairs", "Dice of --compare", "Dice", "difference", "p (Wilcoxon, Holm)")
+    for c in comparisons:
+        change = f"{c.difference:+.3f} [{c.low:+.3f}, {c.high:+.3f}]"
+        table.add_row(c.structure, str(c.n), f"{c.first:.3f}", f"{c.second:.3f}", change, f"{c.p_holm:.3g}")
+    _print(table)
 
 
 METRICS = ("iou", "dice", "hd95_mm", "nsd")

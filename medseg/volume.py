@@ -8,7 +8,6 @@ coordinates are RAS+ millimetres (x grows to the patient's Right, y to the Anter
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,7 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
+
+from medseg.preview import planes_png
 
 __all__ = ["Code", "DicomError", "Geometry", "GeometryError", "LabelMap", "Structure", "Volume", "default_color"]
 
@@ -267,7 +267,7 @@ class Volume:
         return f"Volume({self.array.dtype}, C={self.channels}, {self.geometry!r})"
 
     def _repr_png_(self) -> bytes:
-        return _planes_png(np.asarray(self.array[0], np.float32), self.geometry)
+        return planes_png(np.asarray(self.array[0], np.float32), self.geometry.spacing, self.geometry.orientation)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -394,9 +394,8 @@ class LabelMap:
         if not self.is_layered:
             return self
         largest = max((s.number for s in self.structures), default=0)
-        labels = np.zeros(
-            self.geometry.shape, np.uint8 if largest < 256 else np.uint16 if largest < 65536 else np.int32
-        )
+        kind = np.uint8 if largest < 256 else np.uint16 if largest < 65536 else np.int32
+        labels = np.zeros(self.geometry.shape, kind)
         for s in self.structures:
             mask = self.mask(s.number)
             taken = labels[mask]
@@ -426,14 +425,13 @@ class LabelMap:
         colours = np.zeros((max([0, *self.names]) + 1, 3), np.uint8)
         for s in self.structures:
             colours[s.number] = s.color
-        return _planes_png(colours[np.clip(labels, 0, len(colours) - 1)], self.geometry)
+        colours = colours[np.clip(labels, 0, len(colours) - 1)]
+        return planes_png(colours, self.geometry.spacing, self.geometry.orientation)
 
 
 def present_labels(array: Array) -> list[int]:
     """Sorted values of an integer array; marks them instead of sorting where the range allows, O(voxels)."""
-    if array.size == 0:
-        return []
-    low, high = int(array.min()), int(array.max())
+    low, high = (int(array.min()), int(array.max())) if array.size else (0, -1)
     if low >= 0 and high < 1 << 20:
         seen = np.zeros(high + 1, bool)
         flat = array.ravel(order="K")
@@ -441,32 +439,6 @@ def present_labels(array: Array) -> list[int]:
             seen[flat[start : start + (1 << 20)]] = True
         return [int(v) for v in np.flatnonzero(seen)]
     return [int(v) for v in np.unique(array)]
-
-
-def _planes_png(array: Array, geometry: Geometry) -> bytes:
-    """PNG of the three middle planes, pixels square in mm; grey (I, J, K) or colour (I, J, K, 3) voxels.
-
-    As radiologists look at them: the patient's Left, or Posterior, at the right; Anterior, or Superior, at the top.
-    """
-    array = np.flip(array, tuple(axis for axis, letter in enumerate(geometry.orientation) if letter in "RAS"))
-    if array.ndim == 3:
-        low, high = np.nanpercentile(array[tuple(slice(None, None, max(1, n // 64)) for n in array.shape)], (0.5, 99.5))
-        array = (255 * np.clip((np.nan_to_num(array) - low) / max(high - low, 1e-9), 0, 1)).astype(np.uint8)
-    middle, spacing, tiles = [n // 2 for n in geometry.shape], geometry.spacing, []
-    for axis in (2, 1, 0):
-        if geometry.shape[axis] > 1 and min(np.delete(geometry.shape, axis)) == 1:
-            continue  # an edge-on view of a single slice shows nothing
-        across, down = (a for a in range(3) if a != axis)
-        plane = np.moveaxis(np.take(array, middle[axis], axis), 0, 1)
-        size = np.array([geometry.shape[across] * spacing[across], geometry.shape[down] * spacing[down]])
-        tile = Image.fromarray(np.ascontiguousarray(plane)).convert("RGB")
-        tiles.append(tile.resize([max(1, int(s)) for s in size * 256 / size.max()]))
-    canvas = Image.new("RGB", (sum(t.width for t in tiles), max(t.height for t in tiles)))
-    for t, left in zip(tiles, np.cumsum([0, *(t.width for t in tiles)]), strict=False):
-        canvas.paste(t, (int(left), 0))
-    out = io.BytesIO()
-    canvas.save(out, "PNG")
-    return out.getvalue()
 
 
 def union(structures: Iterable[Structure]) -> tuple[Structure, ...]:
