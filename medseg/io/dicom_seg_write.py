@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
+import struct
 import warnings
-from copy import deepcopy
+from copy import copy
 from dataclasses import replace
 from typing import Any, Literal
 
 import highdicom as hd
 import numpy as np
 from numpy.typing import NDArray
+from pydicom.charset import convert_encodings
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
+from pydicom.filebase import DicomBytesIO
+from pydicom.filewriter import correct_ambiguous_vr, write_dataset
+from pydicom.multival import MultiValue
 from pydicom.sr.codedict import codes
+from pydicom.tag import Tag
 from pydicom.uid import ComputedRadiographyImageStorage, CTImageStorage, generate_uid
 from skimage.color import rgb2lab
 
@@ -22,7 +29,7 @@ from medseg.io.dicom_seg import ORIGINAL_NUMBER, read_seg
 from medseg.io.files import atomic_path, require_free
 from medseg.io.placing import clean_errors, on_grid
 from medseg.io.source import image_headers
-from medseg.volume import Code, DicomError, Geometry, LabelMap, Structure
+from medseg.volume import Code, DicomError, Geometry, LabelMap, Structure, present_labels
 
 __all__ = ["SegKind", "write_seg"]
 
@@ -107,11 +114,12 @@ def _suited(labels: LabelMap, kind: SegKind, path: str | os.PathLike[str]) -> La
                     f"{error}; a segmentation of kind binary keeps overlapping structures apart"
                 ) from error
             out = labels
-    empty = [s.name for n, s in enumerate(out.structures) if not (out.array[n].any() if out.is_layered else True)]
-    if not out.is_layered:
-        present = np.bincount(out.array.ravel(order="K")) if out.array.dtype.itemsize < 3 else None
-        numbers = set(np.flatnonzero(present).tolist()) if present is not None else set(np.unique(out.array).tolist())
-        empty = [s.name for s in out.structures if s.number not in numbers]
+    present = None if out.is_layered else set(present_labels(out.array))
+    empty = [
+        s.name
+        for n, s in enumerate(out.structures)
+        if not (out.array[n].any() if present is None else s.number in present)
+    ]
     if empty:
         names = ", ".join(repr(n) for n in empty[:8]) + (", ..." if len(empty) > 8 else "")
         warnings.warn(f"{os.path.basename(path)}: structures without a voxel are only named ({names})", stacklevel=3)
@@ -218,7 +226,8 @@ def _concept(code: Code) -> hd.sr.CodedConcept:
 
 def _stand_in(header: Dataset, k: int) -> Dataset:
     """A slice as an image of its own for highdicom, whatever file it is part of; named by its number."""
-    out = deepcopy(header)
+    out = Dataset()
+    out.update({tag: copy(element) for tag, element in header.items()})  # setting a value would reach the original
     out.SOPInstanceUID = f"{_STAND_IN}{k + 1}"
     if "FrameOfReferenceUID" in header:
         out.SOPClassUID = CTImageStorage
@@ -229,10 +238,6 @@ def _stand_in(header: Dataset, k: int) -> Dataset:
 
 def _refer_to(segmentation: Dataset, headers: list[Dataset]) -> None:
     """Put the real images, and the frames in them, where the references name the stand-ins; each image once."""
-    for group in segmentation.PerFrameFunctionalGroupsSequence:
-        for derivation in group.get("DerivationImageSequence") or ():
-            for image in derivation.SourceImageSequence:
-                _name(image, headers)
     for series in segmentation.get("ReferencedSeriesSequence") or ():
         once: dict[str, Dataset] = {}
         for image in series.ReferencedInstanceSequence:
@@ -240,6 +245,50 @@ def _refer_to(segmentation: Dataset, headers: list[Dataset]) -> None:
             image.pop("ReferencedFrameNumber", None)  # of all frames of an object, the object is what is named
             once.setdefault(str(image.ReferencedSOPInstanceUID), image)
         series.ReferencedInstanceSequence = list(once.values())
+    # The groups of thousands of frames are written as bytes: source and position, which the frames of a slice share,
+    # are encoded once a slice (pydicom takes a millisecond a frame, half of the time of the whole object).
+    slices: dict[int, tuple[bytes, bytes]] = {}
+    items = []
+    for group in segmentation.PerFrameFunctionalGroupsSequence:
+        index = group.FrameContentSequence[0].DimensionIndexValues
+        values = [int(v) for v in (index if isinstance(index, list | MultiValue) else [index])]
+        if values[-1] not in slices:
+            for derivation in group.get("DerivationImageSequence") or ():
+                for image in derivation.SourceImageSequence:
+                    _name(image, headers)
+            slices[values[-1]] = _encoded(group, "DerivationImageSequence"), _encoded(group, "PlanePositionSequence")
+        source, position = slices[values[-1]]
+        content = struct.pack(f"<HH2sH{len(values)}I", 0x0020, 0x9157, b"UL", 4 * len(values), *values)
+        item = source + _sequence(0x0020, 0x9111, _item(content)) + position
+        for segment in group.get("SegmentIdentificationSequence") or ():
+            number = struct.pack("<HH2sHH", 0x0062, 0x000B, b"US", 2, int(segment.ReferencedSegmentNumber))
+            item += _sequence(0x0062, 0x000A, _item(number))
+        items.append(_item(item))
+    tag, value = Tag(0x5200, 0x9230), b"".join(items)  # PerFrameFunctionalGroupsSequence
+    del segmentation[tag]
+    correct_ambiguous_vr(segmentation, True)
+    segmentation[tag] = RawDataElement(tag, "SQ", len(value), value, 0, False, True)
+    # bytes are written as they are where the encoding is said to be the file's
+    segmentation.set_original_encoding(False, True, convert_encodings(segmentation.SpecificCharacterSet))
+
+
+def _encoded(group: Dataset, keyword: str) -> bytes:
+    """One element of a dataset in explicit VR little endian; nothing where it is missing."""
+    if keyword not in group:
+        return b""
+    alone, buffer = Dataset(), DicomBytesIO()
+    alone[keyword] = group[keyword]
+    buffer.is_little_endian, buffer.is_implicit_VR = True, False
+    write_dataset(buffer, alone)
+    return buffer.getvalue()
+
+
+def _item(content: bytes) -> bytes:
+    return struct.pack("<HHI", 0xFFFE, 0xE000, len(content)) + content
+
+
+def _sequence(group: int, element: int, items: bytes) -> bytes:
+    return struct.pack("<HH2sHI", group, element, b"SQ", 0, len(items)) + items
 
 
 def _name(image: Dataset, headers: list[Dataset]) -> None:

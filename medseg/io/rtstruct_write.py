@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydicom.charset import convert_encodings
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.tag import Tag
@@ -29,6 +30,7 @@ __all__ = ["write_rtstruct"]
 
 Array = NDArray[Any]
 STUDY_COMPONENT = "1.2.840.10008.3.1.2.3.1"  # the class that the standard wants for the referenced study
+CHARACTERS = "ISO_IR 192"  # UTF-8
 DECIMALS = 8  # of a coordinate in mm: with five digits before the point and a sign, a DS has at most 15 characters
 
 
@@ -89,6 +91,7 @@ def write_rtstruct(
         dataset.ROIContourSequence = [
             _roi_contours(s, _encode_contours(labels.mask(s.number), headers, style, holes)) for s in labels.structures
         ]
+        dataset.set_original_encoding(True, True, convert_encodings(CHARACTERS))
     with atomic_path(path, force) as temporary:
         dataset.save_as(temporary, enforce_file_format=True)
         _verify(labels, temporary, geometry)
@@ -105,7 +108,7 @@ def _header(labels: LabelMap, headers: list[Dataset]) -> FileDataset:
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = UID(RTSTRUCT_UID), generate_uid()
     meta.TransferSyntaxUID = ImplicitVRLittleEndian
     out = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
-    out.SpecificCharacterSet = "ISO_IR 192"
+    out.SpecificCharacterSet = CHARACTERS
     out.SOPClassUID, out.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
     for keyword in STUDY_KEYWORDS:
         setattr(out, keyword, first.get(keyword))
@@ -173,6 +176,7 @@ def _roi_contours(structure: Structure, contours: bytes) -> Dataset:
     if contours:
         tag = Tag(0x3006, 0x0040)  # ContourSequence
         out[tag] = RawDataElement(tag, "SQ", len(contours), contours, 0, True, True)
+        out.set_original_encoding(True, True, convert_encodings(CHARACTERS))  # so that bytes are written as they are
     return out
 
 
