@@ -19,11 +19,13 @@ import numpy as np
 
 from medseg.config import TrainConfig
 from medseg.crf_fit import CRFChoice, fit_crf
+from medseg.data import load_dataset
 from medseg.evaluation import Evaluation, evaluate
 from medseg.inference import Predictor
 from medseg.io import read, read_labels, write
 from medseg.io.dicom_write import write_series
 from medseg.io.files import atomic_folder, require_free
+from medseg.plan import make_plan, pick_device
 from medseg.report import report_of_prediction
 from medseg.resample import Value, crop
 from medseg.run import Run
@@ -34,6 +36,7 @@ __all__ = ["Demo", "run_demo"]
 
 log = logging.getLogger("medseg")
 MINUTES = 1.6  # of training, of under four in all on two cores
+SPACING = (1.5, 1.5, 1.5)  # mm of the network's grid: a third of the voxels; labels come out at the scan's 1 mm
 BLOCKS = 5  # of the hemisphere that is trained on, front to back; one of them is for validation
 STRUCTURES = (Structure(1, "grey matter"), Structure(2, "white matter"))
 FILES = "mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
@@ -102,7 +105,10 @@ def run_demo(out: str | PathLike[str], *, device: str = "auto", seed: int = 0, f
         config = TrainConfig(
             dataset=work / "dataset", out=work / "run", minutes=MINUTES, folds=BLOCKS, fold=2, seed=seed, device=device
         )
-        run = train(config)
+        plan = make_plan(
+            load_dataset(config.dataset), device=str(pick_device(device)), minutes=MINUTES, spacing=SPACING
+        )
+        run = train(config, plan)
         log.info("3/5  trying the CRF on the validation block")
         choice = fit_crf(run, device=device)
         log.info("     %s", choice.reason)

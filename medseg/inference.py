@@ -24,6 +24,8 @@ from medseg.volume import Geometry, LabelMap, Volume
 __all__ = ["Predictor", "predict"]
 
 Image = str | PathLike[str] | Volume | Sequence[str | PathLike[str]]
+SURE = 10.0  # logit of the background, and minus that of the structures, where there is nothing to see
+CONTRAST = 0.05  # range of normalised intensities (standard deviations) from which there is something to see
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": None}
 
 
@@ -115,8 +117,20 @@ class Predictor:
         )  # fmt: skip
 
     def _forward(self, windows: Tensor) -> Tensor:
+        """Logits of windows (B, C, *patch). A window without contrast shows nothing: it is background, unasked.
+
+        (Air that a scanner set to 0 has no variance, and normalising it makes structures out of nothing.)
+        """
         memory = torch.channels_last if self.plan.dims == 2 else torch.channels_last_3d
-        logits: Tensor = self.network(windows.to(memory_format=memory))
+        values = windows.flatten(2)
+        seen = (values.amax(2) - values.amin(2) > CONTRAST).any(1)
+        if bool(seen.all()):
+            whole: Tensor = self.network(windows.to(memory_format=memory))
+            return whole
+        logits = windows.new_full((len(windows), len(self.plan.structures) + 1, *windows.shape[2:]), -SURE)
+        logits[:, 0] = SURE
+        if bool(seen.any()):
+            logits[seen] = self.network(windows[seen].to(memory_format=memory)).to(logits.dtype)
         return logits
 
 

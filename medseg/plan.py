@@ -29,18 +29,21 @@ SAMPLES = 20_000  # foreground voxels looked at per case and channel
 MIN_EDGE = 4  # no axis is pooled below this many voxels
 CPU_BATCH_VOXELS = 360_000  # about half a second a step on two cores at 16 to 128 features
 GPU_BATCH_VOXELS = 4_000_000
+BLANK = 0.25  # share of an image at its lowest value from which that counts as outside the body
+SHORT_MINUTES = 5  # trainings below this halve the batch
 
 
 class ChannelPlan(Record):
     """How one image channel is normalised.
 
     "ct": clip to [low, high] HU, then (x - mean) / std of the training set's foreground. "zscore": clip to the image's
-    own 0.5 and 99.5 percentiles, then its own mean and standard deviation. "color": (x - mean) / std of the training
-    set.
+    own 0.5 and 99.5 percentiles, then its own mean and standard deviation; over the voxels above its lowest value alone
+    where ``masked``. "color": (x - mean) / std of the training set.
     """
 
     name: str
     scheme: Literal["ct", "zscore", "color"]
+    masked: bool = False
     low: float = 0.0
     high: float = 0.0
     mean: float = 0.0
@@ -112,6 +115,8 @@ class CaseFingerprint:
     integers: bool
     samples: np.ndarray  # (C, n) intensities of foreground voxels, of any voxels where there is no foreground
     lowest: float
+    blank: float  # share of the voxels of the first channel that hold its lowest value
+    names: Mapping[int, str]
     counts: Mapping[int, int]  # voxels per label
 
 
@@ -120,10 +125,12 @@ def _look(case: Case) -> CaseFingerprint:
     picture = image.geometry.shape[2] == 1
     native = np.asarray(image.array)
     counts: dict[int, int] = {}
+    names: dict[int, str] = {}
     mask = None
     if case.label is not None:
         labels = read_labels(case.label).exclusive()
         image.geometry.require_close(labels.geometry, f"label map and image of case {case.id}")
+        names = {n: name for n, name in labels.names.items() if name != f"label {n}"}
         counts = {n: int(np.count_nonzero(labels.array == n)) for n in present_labels(labels.array)}
         mask = np.asarray(labels.array) > 0
     if mask is None or not mask.any():
@@ -135,8 +142,10 @@ def _look(case: Case) -> CaseFingerprint:
         raise ValueError(f"voxels must be finite, got NaN or Inf in case {case.id}; run medseg check")
     geometry = image.geometry if picture else reorient(image, "RAS").geometry
     integers = bool(np.issubdtype(native.dtype, np.integer))
+    lowest = float(native.min())
+    blank = float(np.mean(native[0] == native[0].min()))
     return CaseFingerprint(
-        case.id, picture, geometry.shape, geometry.spacing, image.modality, integers, samples, float(native.min()), counts
+        case.id, picture, geometry.shape, geometry.spacing, image.modality, integers, samples, lowest, blank, names, counts
     )  # fmt: skip
 
 
@@ -159,6 +168,8 @@ def make_plan(
     *,
     model: str | None = None,
     device: str = "cpu",
+    minutes: float | None = None,
+    spacing: tuple[float, float, float] | None = None,
     workers: int = 2,
     progress: Callable[[int], None] | None = None,
 ) -> Plan:
@@ -174,6 +185,10 @@ def make_plan(
         A name of ``MODELS``; by default "unet2d" for pictures and "unet3d" for volumes.
     device : str
         "cpu" or "cuda...": decides patch, batch and width.
+    minutes : float, optional
+        Time there will be: a short training takes more and smaller steps.
+    spacing : (3,) tuple of float (mm), optional
+        Spacing along the axes of the planned orientation, instead of the median; coarser is faster.
 
     Raises
     ------
@@ -187,11 +202,17 @@ def make_plan(
     reasons: dict[str, str] = {}
     model = _choose_model(looks, model, reasons)
     dims = MODELS[model].dims
-    orientation, spacing, shape = _choose_grid(looks, dims, reasons)
+    orientation, planned, shape = _choose_grid(looks, dims, reasons)
+    if spacing is not None:
+        shape = tuple(max(1, round(n * (p or s) / s)) for n, p, s in zip(shape, planned, spacing, strict=True))  # type: ignore
+        planned = (spacing[0], spacing[1], spacing[2] if dims == 3 else None)
+        reasons["spacing"] = "asked for"
     structures = _choose_structures(looks, dataset, reasons)
     on_gpu = device.startswith("cuda")
     budget = GPU_BATCH_VOXELS if on_gpu else CPU_BATCH_VOXELS
-    patch, strides, kernels = _choose_patch(shape[:dims], [s or 1.0 for s in spacing[:dims]], budget // 2, reasons)
+    if minutes is not None and minutes < SHORT_MINUTES:
+        budget //= 2
+    patch, strides, kernels = _choose_patch(shape[:dims], [s or 1.0 for s in planned[:dims]], budget // 2, reasons)
     widths = (32, 64, 128, 256, 320, 320, 320) if on_gpu or dims == 2 else (16, 32, 64, 128, 160, 160, 160)
     why = "room on the GPU" if on_gpu else "what a CPU trains in minutes"
     reasons["features"] = f"{widths[0]} in the finest stage, doubled per stage: {why}"
@@ -206,7 +227,7 @@ def make_plan(
         channels=_choose_normalisation(looks, dataset, reasons),
         structures=structures,
         orientation=orientation,
-        spacing=spacing,
+        spacing=planned,
         patch=patch,
         batch=batch,
         features=widths[: len(strides) + 1],
@@ -290,13 +311,16 @@ def _choose_structures(
                 )
     if len(seen) > 255:
         raise ValueError(f"labels must be at most 255 structures, got {len(seen)}; are these instances?")
-    names = dict(declared) if declared is not None else {n: f"label {n}" for n in sorted(seen)}
+    found = {n: name for look in looks for n, name in look.names.items()}
+    names = dict(declared) if declared is not None else {n: found.get(n, f"label {n}") for n in sorted(seen)}
     absent = [f"{name} ({n})" for n, name in names.items() if n not in seen]
     if absent:
         raise ValueError(
             f"structures must occur in the training cases, got none of {', '.join(absent)}; drop the label"
         )
-    reasons["structures"] = "declared by the data set" if declared is not None else "the values present in the labels"
+    reasons["structures"] = (
+        "declared by the data set" if declared is not None else "the values present, named as in the label files"
+    )
     return tuple(StructurePlan(number=n, name=names[n], color=default_color(n)) for n in sorted(names))
 
 
@@ -363,8 +387,11 @@ def _choose_normalisation(
             plans.append(ChannelPlan(name=name, scheme="color", mean=mean, std=std))
             why.append(f"{name}: colour, by mean and spread of the training set")
         else:
-            plans.append(ChannelPlan(name=name, scheme="zscore"))
+            blank = float(np.median([look.blank for look in looks]))
+            plans.append(ChannelPlan(name=name, scheme="zscore", masked=blank > BLANK))
             why.append(f"{name}: no fixed unit, by each image's own mean and spread within 0.5 to 99.5 percentiles")
+            if blank > BLANK:
+                why[-1] += f", of the voxels above the lowest value ({100 * blank:.0f} % of an image are blank)"
     reasons["channels"] = "; ".join(dict.fromkeys(why))
     return tuple(plans)
 

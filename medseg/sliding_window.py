@@ -165,7 +165,7 @@ def sliding_logits_slabs(
     network : callable
         Maps (B, C, *patch) to logits (B, K, *patch); an ``nn.Module`` in eval mode, on ``device``.
     image : (C, I, J, K) tensor
-        The preprocessed image, on any device; smaller than the patch it is padded with zeros on both sides.
+        The preprocessed image, on any device; smaller than the patch its border is repeated on both sides.
     patch : (P0, P1, P2) or (P0, P1)
         Size of a window. Two numbers mean a 2D network, which sees the slices along the third axis.
     overlap : float
@@ -208,7 +208,9 @@ def sliding_logits_slabs(
     before = [max(0, p - n) // 2 for p, n in zip(patch, shape, strict=True)]
     if any(p > n for p, n in zip(patch, shape, strict=True)):
         after = [max(0, p - n) - b for p, n, b in zip(patch, shape, before, strict=True)]
-        image = F.pad(image, [v for pair in zip(before[::-1], after[::-1], strict=True) for v in pair])
+        image = F.pad(
+            image, [v for pair in zip(before[::-1], after[::-1], strict=True) for v in pair], mode="replicate"
+        )
     inner = [slice(b, b + n) for b, n in zip(before, shape, strict=True)]
     sizes = image.shape[1:]
     starts = [window_starts(n, p, overlap) for n, p in zip(sizes, patch, strict=True)]

@@ -77,12 +77,14 @@ def normalise(array: np.ndarray, channels: Sequence[ChannelPlan]) -> np.ndarray:
             raise ValueError(f"voxels of channel {plan.name} must be finite, got NaN or Inf; run medseg check")
         low, high, mean, std = plan.low, plan.high, plan.mean, plan.std
         if plan.scheme == "zscore":
-            step = max(1, target.size // 500_000)  # a sample gives the percentiles to a thousandth of the range
-            low, high = (float(v) for v in np.percentile(target.reshape(-1)[::step], (0.5, 99.5)))
+            body = target[target > target.min()] if plan.masked else target.reshape(-1)
+            body = body if body.size else target.reshape(-1)
+            step = max(1, body.size // 500_000)  # a sample gives the percentiles to a thousandth of the range
+            low, high = (float(v) for v in np.percentile(body[::step], (0.5, 99.5)))
+            inside = np.clip(body, low, high)
+            mean, std = float(inside.mean(dtype=np.float64)), float(inside.std(dtype=np.float64))
         if plan.scheme != "color" and high > low:
             np.clip(target, low, high, out=target)
-        if plan.scheme == "zscore":
-            mean, std = float(target.mean(dtype=np.float64)), float(target.std(dtype=np.float64))
         target -= mean
         target /= std if std > 0 else 1.0
     return out

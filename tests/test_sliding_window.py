@@ -36,7 +36,7 @@ def brute_force(network, image, patch, overlap):
     pads = [
         (max(0, p - n) // 2, max(0, p - n) - max(0, p - n) // 2) for p, n in zip(patch, image.shape[1:], strict=True)
     ]
-    padded = np.pad(image.numpy(), [(0, 0), *pads])
+    padded = np.pad(image.numpy(), [(0, 0), *pads], mode="edge")
     weight = np.ones(())
     for p in patch:
         x = np.arange(p) - (p - 1) / 2
@@ -185,8 +185,8 @@ def test_equals_monai_where_the_windows_agree():
     assert (got.argmax(0) == own.argmax(0)).float().mean() > 0.97
 
 
-def test_small_image_is_padded_with_zeros_and_cropped_back():
-    image, seen = torch.ones(1, 3, 9, 1), []
+def test_small_image_is_padded_with_its_border_and_cropped_back():
+    image, seen = torch.arange(1.0, 4).view(1, 3, 1, 1).expand(1, 3, 9, 1), []
 
     def network(x):
         seen.append(x.clone())
@@ -194,8 +194,9 @@ def test_small_image_is_padded_with_zeros_and_cropped_back():
 
     got = whole_logits(network, image, (6, 4, 5))
     assert got.shape == (2, 3, 9, 1)
-    torch.testing.assert_close(got[1], torch.full((3, 9, 1), 2.0))
-    assert all(x.shape == (1, 1, 6, 4, 5) and x.sum() == 3 * 4 for x in seen)
+    torch.testing.assert_close(got[1], 2 * image[0])
+    assert all(x.shape == (1, 1, 6, 4, 5) for x in seen)
+    assert all(x[0, 0, :, 0, 0].tolist() == [1, 1, 2, 3, 3, 3] for x in seen)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 100])

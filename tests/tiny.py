@@ -22,7 +22,7 @@ def case(seed: int, shape: tuple[int, int, int] = (20, 18, 14)) -> tuple[Volume,
     index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1) * geometry.spacing
     size = np.array(shape) * geometry.spacing
     centre = size * generator.uniform((0.25, 0.35, 0.35), (0.35, 0.65, 0.65))
-    other = centre + (size[0] * 0.42, 0, 0)
+    other = centre + np.array([size[0] * 0.42, 0, 0])
     labels = np.zeros(shape, np.uint8)
     labels[np.linalg.norm(index - centre, axis=-1) < 4.5] = 2
     labels[np.linalg.norm(index - other, axis=-1) < 4.5] = 5
