@@ -134,14 +134,18 @@ def _planes(slabs: Iterator[Slab], source: Geometry, target: Geometry, axes: tup
 
 def _interpolate_plane(plane: _Plane) -> torch.Tensor:
     """(K, U', V') logits of the part of the plane that lies inside the source."""
-    rows, columns, logits = plane.rows, plane.columns, plane.logits
-    if not columns.exact:
-        logits = torch.lerp(logits[:, :, columns.low], logits[:, :, columns.high], columns.fraction)
-    else:
-        logits = logits[:, :, columns.low]
-    if not rows.exact:
-        return torch.lerp(logits[:, rows.low], logits[:, rows.high], rows.fraction[:, None])
-    return logits[:, rows.low]
+    rows, columns = plane.rows, plane.columns
+    result = plane.logits.new_empty((len(plane.logits), len(rows.low), len(columns.low)))
+    for one, out in zip(plane.logits, result, strict=True):  # one class stays in a processor's cache
+        values = one.index_select(1, columns.low)
+        if not columns.exact:
+            values = torch.lerp(values, one.index_select(1, columns.high), columns.fraction)
+        if rows.exact:
+            torch.index_select(values, 0, rows.low, out=out)
+        else:
+            first, second = values.index_select(0, rows.low), values.index_select(0, rows.high)
+            torch.lerp(first, second, rows.fraction[:, None], out=out)
+    return result
 
 
 def _decide_plane(plane: _Plane) -> torch.Tensor:
@@ -158,11 +162,11 @@ def _decide_plane(plane: _Plane) -> torch.Tensor:
         cells[:-1].masked_fill_(labels[1:] != labels[:-1], mixed)
     if not columns.exact:
         cells[:, :-1].masked_fill_(cells[:, 1:] != cells[:, :-1], mixed)
-    result = cells[rows.low][:, columns.low]
-    (points,) = torch.nonzero((result == mixed).view(-1), as_tuple=True)
-    if len(points) > result.numel() // 4:
+    result = cells.index_select(1, columns.low).index_select(0, rows.low)
+    undecided = result == mixed
+    if int(torch.count_nonzero(undecided)) > result.numel() // 8:
         return labels_of(_interpolate_plane(plane))
-    for some in points.split(CHUNK):
+    for some in torch.nonzero(undecided.view(-1))[:, 0].split(CHUNK):
         u, v = some // result.shape[1], some % result.shape[1]
         ends = [(rows.low[u], rows.high[u], rows.fraction[u]), (columns.low[v], columns.high[v], columns.fraction[v])]
         result.view(-1)[some] = labels_of(_interpolate_points(logits, ends))

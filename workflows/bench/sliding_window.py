@@ -76,7 +76,7 @@ def noise() -> torch.Tensor:
 def trilinear_then_argmax(logits: torch.Tensor) -> str:
     """The short way: all logits on the native grid."""
     labels = F.interpolate(logits[None], SHAPE, mode="trilinear")[0].argmax(0).to(torch.uint8)
-    return f"{int((labels > 0).sum())} foreground"
+    return f"{int(torch.count_nonzero(labels))} foreground"
 
 
 def class_by_class(logits: torch.Tensor) -> str:
@@ -86,14 +86,14 @@ def class_by_class(logits: torch.Tensor) -> str:
         values = F.interpolate(one[None, None], SHAPE, mode="trilinear")[0, 0]
         labels[values > best] = number
         torch.maximum(best, values, out=best)
-    return f"{int((labels > 0).sum())} foreground"
+    return f"{int(torch.count_nonzero(labels))} foreground"
 
 
 def ours_decide(logits: torch.Tensor) -> str:
     """Ours: planes, interpolated only where neighbours differ."""
     target = Geometry.from_parts(SHAPE, (1.5, 0.8, 0.8))
     labels = decide(logits, target.with_shape(PLANNED), target)
-    return f"{int((labels > 0).sum())} foreground"
+    return f"{int(torch.count_nonzero(labels))} foreground"
 
 
 def main() -> None:
