@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Bilateral", "Gaussian", "Kernel"]
+__all__ = ["Bilateral", "Gaussian"]
 
 NODES_PER_SIGMA = 3.0, 2.0  # of the bilateral grid, along a spatial axis and along intensity
 LARGEST_GRID = 1 << 26  # nodes
 BLOCK = 64  # lines of a banded matrix multiplied at a time
 REACH = 4.5  # sigmas beyond which a Gaussian counts as 0
-
-
-class Kernel(Protocol):
-    """A symmetrically normalised kernel matrix."""
-
-    def __call__(self, q: Tensor) -> Tensor:
-        """N^-1/2 K N^-1/2 applied to q (N, C, H, W)."""
-        ...
 
 
 def _gram(positions: Tensor, sigma: float) -> Tensor:
@@ -63,6 +54,7 @@ class Gaussian:
 
     def __init__(self, image: Tensor, sigma: tuple[float, float]) -> None:
         self.matrices, self.reach = [], []
+        self.pixels = image.shape[0], *image.shape[2:]
         for length, s in zip(image.shape[2:], sigma, strict=True):
             gram = _gram(torch.arange(length, device=image.device, dtype=torch.float32), s)
             scale = gram.sum(1).rsqrt()
@@ -70,9 +62,38 @@ class Gaussian:
             self.reach.append(int(REACH * s) + 1)
 
     def __call__(self, q: Tensor) -> Tensor:
-        n, c, h, w = q.shape
-        columns = _along(q.reshape(n * c, h, w), self.matrices[0], self.reach[0])
-        return _along_last(columns.reshape(n * c * h, w), self.matrices[1], self.reach[1]).reshape(n, c, h, w)
+        """The normalised kernel applied to q (C, P)."""
+        n, h, w = self.pixels
+        columns = _along(q.reshape(-1, h, w), self.matrices[0], self.reach[0])
+        return _along_last(columns.reshape(-1, w), self.matrices[1], self.reach[1]).reshape(len(q), n * h * w)
+
+
+class _Taps:
+    """The nodes around each of P pixels, and their shares in linear interpolation."""
+
+    def __init__(self, base: Tensor, steps: Sequence[int], weight: Tensor, nodes: int) -> None:
+        self.base, self.steps, self.weight, self.nodes = base, steps, weight, nodes  # (P,), corners, (corners, P)
+        self.index = torch.stack([(base + step).int() for step in steps], 1)
+        self.weight_rows = weight.T.contiguous()
+
+    def at(self, where: Tensor) -> _Taps:
+        """Those of some pixels only."""
+        return _Taps(self.base[where], self.steps, self.weight[:, where], self.nodes)
+
+    def splat(self, q: Tensor) -> Tensor:
+        """Values (C, P) of pixels to sums (C, nodes)."""
+        sums = [torch.zeros(self.nodes, device=q.device) for _ in q]
+        for step, weight in zip(self.steps, self.weight, strict=True):
+            index = self.base + step
+            for total, channel in zip(sums, q * weight, strict=True):
+                total.scatter_add_(0, index, channel)
+        return torch.stack(sums)
+
+    def slice(self, nodes: Tensor) -> Tensor:
+        """Values (C, nodes) interpolated at the pixels, (C, P)."""
+        table = nodes.T.contiguous()
+        rows = torch.nn.functional.embedding_bag(self.index, table, per_sample_weights=self.weight_rows, mode="sum")
+        return rows.T.contiguous()
 
 
 class Bilateral:
@@ -81,7 +102,7 @@ class Bilateral:
     def __init__(self, image: Tensor, sigma: tuple[float, float], sigma_intensity: float) -> None:
         n, channels, h, w = image.shape
         device = image.device
-        self.shape: list[int] = []  # nodes along each axis
+        self.batch, self.shape = n, []  # type: tuple[int, list[int]]
         self.blurs: list[tuple[Tensor, int]] = []
         base = torch.arange(n, device=device).view(n, 1, 1)
         fractions = []
@@ -92,61 +113,60 @@ class Bilateral:
         low = image.amin((0, 2, 3))
         axes += [(image[:, c] - low[c], sigma_intensity, NODES_PER_SIGMA[1]) for c in range(channels)]
         for axis, (place, s, per_sigma) in enumerate(axes):
-            spatial = axis < 2
             step = s / per_sigma
-            if spatial and step < 1.5:
-                step = 1.0  # a node per pixel: nothing to interpolate
+            on_nodes = axis < 2 and step < 1.5  # then a node per pixel: nothing to interpolate
+            if on_nodes:
+                step = 1.0
             place = place / step
-            count = int(place.max()) + (1 if spatial and step == 1.0 else 2)
-            self._require_small(n, [*self.shape, count])
+            count = int(place.max()) + (1 if on_nodes else 2)
+            self._require_small([*self.shape, count])
             cell = place.floor().clamp_(max=max(count - 2, 0))
             fractions.append(place - cell)
             base = base * count + cell.long()
-            narrowed = (s**2 - (0 if spatial and step == 1.0 else step**2 / 3)) ** 0.5
+            narrowed = (s**2 - (0 if on_nodes else step**2 / 3)) ** 0.5
             nodes = torch.arange(count, device=device, dtype=torch.float32) * step
             self.blurs.append((_gram(nodes, narrowed), int(REACH * narrowed / step) + 1))
             self.shape.append(count)
-        self.batch, self.pixels = n, (n, h, w)
-        self._corners(base, fractions)
-        ones = torch.ones(n, 1, h, w, device=device)
-        self.scale = self._filter(ones).clamp(min=1e-20).rsqrt()
+        self.taps = self._taps(base, fractions)
+        ones = torch.ones(1, n * h * w, device=device)
+        self.scale = self._filter(self.taps, self.taps.splat(ones)).clamp(min=1e-20).rsqrt()
 
-    def _require_small(self, batch: int, shape: Sequence[int]) -> None:
-        if batch * float(np.prod(shape)) > LARGEST_GRID:
+    def _require_small(self, shape: Sequence[int]) -> None:
+        if self.batch * float(np.prod(shape)) > LARGEST_GRID:
             raise ValueError(
-                f"bilateral grid must have at most {LARGEST_GRID} nodes, got {batch} x {list(shape)}; use larger sigmas, "
-                "clip the intensities or pass fewer slices"
+                f"bilateral grid must have at most {LARGEST_GRID} nodes, got {self.batch} x {list(shape)}; use larger "
+                "sigmas, clip the intensities or pass fewer slices"
             )
 
-    def _corners(self, base: Tensor, fractions: list[Tensor]) -> None:
-        """Index (P, corners) and weight of the nodes around each pixel."""
+    def _taps(self, base: Tensor, fractions: list[Tensor]) -> _Taps:
         strides = np.cumprod([1, *self.shape[:0:-1]])[::-1].tolist()
         used = [axis for axis, f in enumerate(fractions) if bool((f != 0).any())]  # the others lie on their nodes
-        index, weight = [], []
+        steps, weights = [], []
         for bits in product((0, 1), repeat=len(used)):
-            step = sum(strides[axis] * bit for axis, bit in zip(used, bits, strict=True))
+            steps.append(sum(strides[axis] * bit for axis, bit in zip(used, bits, strict=True)))
             share = torch.ones(1, 1, 1, device=base.device)
             for axis, bit in zip(used, bits, strict=True):
                 share = share * (fractions[axis] if bit else 1 - fractions[axis])
-            index.append((base + step).flatten())
-            weight.append(share.expand(self.pixels).flatten())
-        self.index = torch.stack(index, 1)
-        self.weight = torch.stack(weight, 1)
+            weights.append(share.expand(base.shape).flatten())
+        return _Taps(base.flatten(), steps, torch.stack(weights), self.batch * int(np.prod(self.shape)))
 
-    def _filter(self, q: Tensor) -> Tensor:
-        """K applied to q (N, C, H, W), without normalisation."""
-        n, h, w = self.pixels
-        channels = q.shape[1]
-        rows = q.permute(0, 2, 3, 1).reshape(-1, channels)
-        nodes = torch.zeros(self.batch * int(np.prod(self.shape)), channels, device=q.device)
-        for corner in range(self.index.shape[1]):
-            nodes = nodes.index_add(0, self.index[:, corner], rows * self.weight[:, corner, None])
+    def _filter(self, taps: _Taps, nodes: Tensor) -> Tensor:
+        """Blur sums at the nodes (C, nodes) and read them at pixels."""
+        channels = len(nodes)
         for axis, (matrix, reach) in enumerate(self.blurs):
-            outer = self.batch * int(np.prod(self.shape[:axis]))
-            nodes = _along(nodes.reshape(outer, self.shape[axis], -1), matrix, reach)
-        table = nodes.reshape(-1, channels)
-        rows = torch.nn.functional.embedding_bag(self.index, table, per_sample_weights=self.weight, mode="sum")
-        return rows.reshape(n, h, w, channels).permute(0, 3, 1, 2)
+            outer = channels * self.batch * int(np.prod(self.shape[:axis]))
+            if axis == len(self.blurs) - 1:
+                nodes = _along_last(nodes.reshape(outer, self.shape[axis]), matrix, reach)
+            else:
+                nodes = _along(nodes.reshape(outer, self.shape[axis], -1), matrix, reach)
+        return taps.slice(nodes.reshape(channels, -1))
 
     def __call__(self, q: Tensor) -> Tensor:
-        return self.scale * self._filter(self.scale * q)
+        """The normalised kernel applied to q (C, P)."""
+        return self.scale * self._filter(self.taps, self.taps.splat(self.scale * q))
+
+    def focus(self, q: Tensor, where: Tensor) -> Callable[[Tensor], Tensor]:
+        """The kernel as a function of q at the pixels ``where`` (A,) alone, (C, A) to (C, A); elsewhere q stays."""
+        taps, scale = self.taps.at(where), self.scale[:, where]
+        rest = self.taps.splat(self.scale * q) - taps.splat(scale * q[:, where])
+        return lambda moving: scale * self._filter(taps, rest + taps.splat(scale * moving))

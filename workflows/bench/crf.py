@@ -114,9 +114,8 @@ def main() -> None:
             wrong = 100 * (got.argmax(0) != truth.argmax(0)).mean()
             speed = ways["pydensecrf2"][0] / seconds
             error = np.abs(got - truth)
-            print(
-                f"| {labels} | {name} | {seconds:.3f} | {speed:.2f} | {error.max():.4f} | {error.mean():.1e} | {wrong:.4f} % |"
-            )
+            print(f"| {labels} | {name} | {seconds:.3f} | {speed:.2f} | {error.max():.4f} |", end="")
+            print(f" {error.mean():.1e} | {wrong:.4f} % |", flush=True)
 
 
 if __name__ == "__main__":
