@@ -43,6 +43,12 @@ def _module(name: str) -> Any:
     return import_module(f"medseg.io.{name}")
 
 
+def __getattr__(name: str) -> Any:
+    if name == "convert":  # builds on this module, so it loads when it is asked for
+        return _module(name)
+    raise AttributeError(f"module 'medseg.io' has no attribute {name!r}")
+
+
 def supported_suffix(path: PathLike) -> str:
     """The suffix of a file that a reader other than DICOM's takes (".nii.gz"), "" for any other name."""
     name = Path(path).name.lower()
