@@ -39,7 +39,21 @@ _PUBLIC = {
     "MODELS": "models",
     "build_model": "models",
 }
-_MODULES = ("batch", "contours", "crf", "crf_fit", "data", "demo", "io", "losses", "metrics", "plan", "report")
+_MODULES = (
+    "batch",
+    "contours",
+    "crf",
+    "crf_fit",
+    "data",
+    "demo",
+    "io",
+    "losses",
+    "metrics",
+    "plan",
+    "report",
+    "report_evaluation",
+    "statistics",
+)
 
 __all__ = ["__version__", *_PUBLIC]
 

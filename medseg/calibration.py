@@ -97,8 +97,8 @@ def reliability(
     """
     if bins < 1:
         raise ValueError(f"bins must be at least 1, got {bins}")
-    p, t = torch.as_tensor(probabilities), torch.as_tensor(reference)
-    w = None if within is None else torch.as_tensor(within).reshape(-1)
+    p, t = _tensor(probabilities), _tensor(reference)
+    w = None if within is None else _tensor(within).reshape(-1)
     if p.shape != t.shape or (w is not None and w.numel() != p.numel()):
         raise ValueError(f"probabilities and reference must have one shape, got {tuple(p.shape)} and {tuple(t.shape)}")
     if not p.is_floating_point() or t.dtype != torch.bool:
@@ -124,6 +124,13 @@ def reliability(
     count, probability, truth = table.cpu().numpy()
     product, squared, error = sums.tolist()
     return Reliability(count, probability, truth, product, squared, error)
+
+
+def _tensor(values: Array | torch.Tensor) -> torch.Tensor:
+    """The values without a copy, except of read-only arrays, which torch does not take as they are."""
+    if isinstance(values, np.ndarray) and not values.flags.writeable:
+        values = values.copy()
+    return torch.as_tensor(values)
 
 
 def probability_scores(

@@ -314,13 +314,14 @@ def evaluate(
         force: overwrite outputs
     """
     with _bar("evaluating") as progress:
-        found, other = (
-            side and medseg.evaluate(
+
+        def scored(side: Path) -> Any:
+            return medseg.evaluate(
                 side, reference, tolerance_mm=tolerance_mm, lesions=lesions, labels_present=labels_present,
                 resample=resample, common_only=common_only, progress=progress,
-            )
-            for side in (prediction, compare)
-        )  # fmt: skip
+            )  # fmt: skip
+
+        found, other = scored(prediction), scored(compare) if compare else None
     if out is not None:
         found.write(out, force=force)
         medseg.report_evaluation.report_of_evaluation(

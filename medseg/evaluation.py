@@ -12,14 +12,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medseg.calibration import probability_scores
 from medseg.io import is_dicom, read_labels, supported_suffix
+from medseg.lesions import Lesions, match_lesions
 from medseg.metrics import Missing, structure_scores
 from medseg.resample import resample_to
-from medseg.scores import COLUMNS, VOLUMES, Evaluation, Row
+from medseg.scores import COLUMNS, ON_DEMAND, VOLUMES, Evaluation, Row
 from medseg.surface import Definition
 from medseg.volume import LabelMap, Structure, union
 
-__all__ = ["Evaluation", "Surface", "evaluate", "score_case"]
+__all__ = [
+    "Evaluation",
+    "Lesions",
+    "Surface",
+    "aligned_pair",
+    "case_id",
+    "case_pairs",
+    "evaluate",
+    "read_pair",
+    "score_case",
+]
 
 Source = LabelMap | str | os.PathLike[str]
 Sources = Source | Mapping[str, Source]
@@ -40,12 +52,12 @@ def evaluate(
     structures: Mapping[int, str] | Sequence[int | str] | None = None,
     tolerance_mm: float = 1.0,
     surface: bool | Surface = True,
+    lesions: bool | Lesions = False,
     labels_present: bool = False,
     resample: bool = False,
     common_only: bool = False,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-    out: str | os.PathLike[str] | None = None,
 ) -> Evaluation:
     """Compare predictions with references, in mm, on the grid of the reference.
 
@@ -62,6 +74,9 @@ def evaluate(
         Tolerance of the normalised surface Dice.
     surface : bool or Surface
         Whether, and by which definition, to measure surface distances.
+    lesions : bool or Lesions
+        Whether, and by which rule, to count the lesions (connected components) of each structure that were found. Where
+        a prediction holds probabilities (float layers), soft Dice, Brier score and calibration error are measured too.
     labels_present : bool
         Score in each case only the structures that its reference holds (partially labelled references).
     resample : bool
@@ -72,13 +87,11 @@ def evaluate(
         Cases worked on at a time; by default one per processor, 8 at most. Each holds its two label maps in memory.
     progress : callable, optional
         Called with the number of cases done and of all cases.
-    out : path, optional
-        Folder in which to write metrics.json and metrics.csv.
 
     Returns
     -------
     Evaluation
-        In a folder or mapping, a case that fails is a row with its reason and the others go on.
+        Its ``write(folder)`` makes metrics.json and metrics.csv. In a folder or mapping, a case that fails is a row with its reason and the others go on.
 
     Raises
     ------
@@ -91,9 +104,9 @@ def evaluate(
     how = Surface() if surface is True else surface or None
 
     def score(case: str, pair: tuple[Source, Source]) -> list[Row]:
-        p, r = _read_pair(*pair)
+        p, r = read_pair(*pair)
         return score_case(
-            case, p, r, structures=structures, tolerance_mm=tolerance_mm, surface=how or False,
+            case, p, r, structures=structures, tolerance_mm=tolerance_mm, surface=how or False, lesions=lesions,
             labels_present=labels_present, resample=resample,
         )  # fmt: skip
 
@@ -102,13 +115,9 @@ def evaluate(
         rows = _score_all(pairs, score, workers, progress)
         _named_alike(rows)
         result = Evaluation(tuple(rows if labels_present else _completed(rows)))
-    elif isinstance(prediction, Mapping) or isinstance(reference, Mapping):
-        raise TypeError(f"both sides must hold many cases, got {type(prediction)} and {type(reference)}")
     else:
-        name = next((_case_id(s) for s in (reference, prediction) if not isinstance(s, LabelMap)), "case")
-        result = Evaluation(tuple(score(name, (prediction, reference))))
-    if out is not None:
-        result.write(out)
+        ((name, pair),) = case_pairs(prediction, reference).items()
+        result = Evaluation(tuple(score(name, pair)))
     return result
 
 
@@ -120,6 +129,7 @@ def score_case(
     structures: Mapping[int, str] | Sequence[int | str] | None = None,
     tolerance_mm: float = 1.0,
     surface: bool | Surface = False,
+    lesions: bool | Lesions = False,
     labels_present: bool = False,
     resample: bool = False,
 ) -> list[Row]:
@@ -130,12 +140,8 @@ def score_case(
     GeometryError
         If the grids differ (unless ``resample``), or surface distances are asked for on a skewed grid.
     """
-    what = f"prediction and reference of {case}"
-    grid = reference.geometry
-    prediction = _matched(prediction, reference)
-    if resample and not prediction.geometry.is_close(grid):
-        prediction = resample_to(prediction, grid)
-    prediction.geometry.require_close(grid, what)
+    prediction, reference = aligned_pair(case, prediction, reference, resample)
+    what, grid = f"prediction and reference of {case}", reference.geometry
     how = Surface() if surface is True else surface
     if how:
         grid.require_straight(f"{what}, for surface distances,")
@@ -150,12 +156,42 @@ def score_case(
     else:
         pairs = ((_mask(prediction, n), _mask(reference, n)) for n in numbers)
         scores = [structure_scores(p, r, [1], spacing, **options)[0] for p, r in pairs]
+    scores = [dict(score) for score in scores]
+    rule = Lesions() if lesions is True else lesions
+    for number, score in zip(numbers, scores, strict=True):
+        if rule:
+            masks = (_mask(prediction, number), _mask(reference, number))
+            score.update(match_lesions(*masks, spacing, rule).scores())
+        if prediction.is_layered and prediction.array.dtype != bool and number in prediction.names:
+            layer = [s.number for s in prediction.structures].index(number)
+            score.update(probability_scores(prediction.array[layer][None], _mask(reference, number)[None])[0])
     return [_row(case, s, score) for s, score in zip(wanted, scores, strict=True)]
+
+
+def aligned_pair(
+    case: str, prediction: LabelMap, reference: LabelMap, resample: bool = False
+) -> tuple[LabelMap, LabelMap]:
+    """The prediction with the numbers, and with ``resample`` on the grid, of the reference; and the reference.
+
+    Raises
+    ------
+    GeometryError
+        If the grids differ (unless ``resample``).
+    """
+    prediction = _matched(prediction, reference)
+    if resample and not prediction.geometry.is_close(reference.geometry):
+        prediction = resample_to(prediction, reference.geometry)
+    prediction.geometry.require_close(reference.geometry, f"prediction and reference of {case}")
+    return prediction, reference
 
 
 def _row(case: str, structure: Structure, score: Mapping[str, float]) -> Row:
     row: Row = {"case": case, "structure": structure.name, "label": structure.number}
     row.update({key: score.get(key, np.nan) for key in COLUMNS[3:-1]})
+    volume, true = (row[key] for key in VOLUMES)
+    row["volume_difference_mm3"] = volume - true
+    row["volume_difference"] = (volume - true) / true if true > 0 else np.nan
+    row.update({key: score[key] for key in ON_DEMAND if key in score})
     return row
 
 
@@ -218,7 +254,18 @@ def _is_many(side: Sources) -> bool:
     return Path(side).is_dir()
 
 
-def _read_pair(prediction: Source, reference: Source) -> tuple[LabelMap, LabelMap]:
+def case_pairs(prediction: Sources, reference: Sources) -> dict[str, tuple[Source, Source]]:
+    """Prediction and reference of the cases that both sides have, by case id."""
+    if _is_many(prediction) and _is_many(reference):
+        found = _pairs(_sources(prediction, "prediction"), _sources(reference, "reference"), True)
+        return {case: pair for case, pair in found.items() if not isinstance(pair, str)}
+    if isinstance(prediction, Mapping) or isinstance(reference, Mapping):
+        raise TypeError(f"both sides must hold many cases, got {type(prediction)} and {type(reference)}")
+    name = next((case_id(s) for s in (reference, prediction) if not isinstance(s, LabelMap)), "case")
+    return {name: (prediction, reference)}
+
+
+def read_pair(prediction: Source, reference: Source) -> tuple[LabelMap, LabelMap]:
     """Both label maps; SEG and RTSTRUCT objects are put on the grid of the other side."""
     gridless = [not isinstance(source, LabelMap) and is_dicom(source) for source in (prediction, reference)]
     if gridless == [False, True]:
@@ -232,7 +279,8 @@ def _read(source: Source, like: LabelMap | None = None) -> LabelMap:
     return source if isinstance(source, LabelMap) else read_labels(source, like=like)
 
 
-def _case_id(path: str | os.PathLike[str]) -> str:
+def case_id(path: str | os.PathLike[str]) -> str:
+    """Name of a file without its suffix."""
     name = Path(path).name
     for suffix in (".rtstruct.dcm", ".seg.dcm", ".dcm", supported_suffix(path)):
         if suffix and name.lower().endswith(suffix):
@@ -253,7 +301,7 @@ def _sources(side: Sources, what: str) -> dict[str, Source]:
         for path in files:
             if not (supported_suffix(path) or is_dicom(path)) or bool(supported_suffix(path)) == dicom:
                 continue
-            if (case := _case_id(path)) in group:
+            if (case := case_id(path)) in group:
                 raise ValueError(
                     f"case ids must be unique in a folder, got {group[case].name} and {path.name} in {side}"
                 )

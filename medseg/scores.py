@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import html
 import json
@@ -15,14 +16,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medseg.calibration import PROBABILITY_COLUMNS
+from medseg.distribution import distribution_picture
 from medseg.io.files import atomic_path
+from medseg.lesions import LESION_COLUMNS
 
-__all__ = ["COLUMNS", "METRICS", "VOLUMES", "Evaluation", "Row"]
+__all__ = ["COLUMNS", "METRICS", "ON_DEMAND", "VOLUMES", "Evaluation", "Row"]
 
 Row = dict[str, Any]
 METRICS = ("iou", "dice", "hd95_mm", "nsd", "hd_mm", "assd_mm", "precision", "recall")
 VOLUMES = ("volume_mm3", "reference_volume_mm3")
-COLUMNS = ("case", "structure", "label", *METRICS[:4], *VOLUMES, *METRICS[4:], "error")
+DIFFERENCES = ("volume_difference_mm3", "volume_difference")
+COLUMNS = ("case", "structure", "label", *METRICS[:4], *VOLUMES, *METRICS[4:], *DIFFERENCES, "error")
+ON_DEMAND = (*LESION_COLUMNS, *PROBABILITY_COLUMNS)
 OVER_STRUCTURES = "mean"
 RESAMPLES, SEED = 2000, 0
 
@@ -35,8 +41,10 @@ class Evaluation:
     ----------
     rows : tuple of dict
         One per case and structure, with the keys case, structure, label, iou, dice, hd95_mm, nsd, volume_mm3,
-        reference_volume_mm3, hd_mm, assd_mm, precision, recall (NaN where undefined or not measured). A case that could
-        not be scored is one row with its reason under "error".
+        reference_volume_mm3, hd_mm, assd_mm, precision, recall, volume_difference_mm3 (prediction minus reference) and
+        volume_difference (the same as a share of the reference), NaN where undefined or not measured; those of
+        :func:`medseg.lesions.detection` and :mod:`medseg.calibration` where measured. A case that could not be scored is
+        one row with its reason under "error".
     """
 
     rows: tuple[Row, ...]
@@ -47,6 +55,16 @@ class Evaluation:
         return tuple(row for row in self.rows if "error" in row)
 
     @cached_property
+    def metrics(self) -> tuple[str, ...]:
+        """Columns that the summary holds: the usual ones, and those measured on demand."""
+        return (*METRICS, *DIFFERENCES, *(m for m in ON_DEMAND if any(m in row for row in self.rows)))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the rows, in the order of files."""
+        return (*COLUMNS[:-1], *self.metrics[len(METRICS) + len(DIFFERENCES) :], "error")
+
+    @cached_property
     def summary(self) -> list[dict[str, Any]]:
         """Per structure, and "mean" over structures: n (cases), n_defined (cases with a Dice), and for each metric
         "mean" over the defined cases, with "ci95", the 95 % interval by bootstrap over cases (fixed seed).
@@ -55,13 +73,13 @@ class Evaluation:
         names = list(dict.fromkeys(row["structure"] for row in scored))
         cases = list(dict.fromkeys(row["case"] for row in scored))
         case_at, name_at = ({key: n for n, key in enumerate(keys)} for keys in (cases, names))
-        values = np.full((len(METRICS), len(cases), len(names)), np.nan)
+        values = np.full((len(self.metrics), len(cases), len(names)), np.nan)
         listed = np.zeros((len(cases), len(names)), bool)
         for row in scored:
             at = case_at[row["case"]], name_at[row["structure"]]
-            values[(slice(None), *at)] = [row.get(metric, np.nan) for metric in METRICS]
+            values[(slice(None), *at)] = [row.get(metric, np.nan) for metric in self.metrics]
             listed[at] = True
-        estimates = {metric: _bootstrap(values[m]) for m, metric in enumerate(METRICS)}
+        estimates = {metric: _bootstrap(values[m]) for m, metric in enumerate(self.metrics)}
         defined = np.isfinite(values[METRICS.index("dice")])
         table = []
         for s, name in enumerate([*names, OVER_STRUCTURES]):
@@ -79,10 +97,12 @@ class Evaluation:
     def mean(self, metric: str = "iou", structure: str = OVER_STRUCTURES) -> float:
         """Mean of a metric over cases, for one structure or (the mean of these) over all of them."""
         for entry in self.summary:
-            if entry["structure"] == structure and metric in METRICS:
+            if entry["structure"] == structure and metric in self.metrics:
                 return float(entry[metric]["mean"])
         names = [entry["structure"] for entry in self.summary]
-        raise ValueError(f"metric must be one of {METRICS} and structure of {names}, got {metric!r} of {structure!r}")
+        raise ValueError(
+            f"metric must be one of {self.metrics} and structure of {names}, got {metric!r} of {structure!r}"
+        )
 
     def to_json(self) -> str:
         """``{"cases": [rows], "summary": [...]}``; NaN is null."""
@@ -92,7 +112,7 @@ class Evaluation:
         """The rows as a pandas DataFrame (needs pandas)."""
         import pandas  # an optional extra
 
-        return pandas.DataFrame(self.rows, columns=[c for c in COLUMNS if c != "error" or self.failed])
+        return pandas.DataFrame(self.rows, columns=[c for c in self.columns if c != "error" or self.failed])
 
     def write(self, folder: str | os.PathLike[str], *, force: bool = False) -> None:
         """Write metrics.json and metrics.csv (the rows) into a folder.
@@ -108,7 +128,7 @@ class Evaluation:
             atomic_path(Path(folder) / "metrics.csv", force) as path,
             path.open("w", newline="", encoding="utf-8") as f,
         ):
-            table = csv.DictWriter(f, COLUMNS, restval="")
+            table = csv.DictWriter(f, self.columns, restval="")
             table.writeheader()
             table.writerows({k: "" if v != v else v for k, v in row.items()} for row in self.rows)
 
@@ -117,7 +137,7 @@ class Evaluation:
         return f"Evaluation({len(cases)} cases, {len(self.failed)} failed, mean iou {self.mean('iou'):.3f})"
 
     def _repr_html_(self) -> str:
-        shown = [m for m in METRICS if any(np.isfinite(entry[m]["mean"]) for entry in self.summary)]
+        shown = [m for m in self.metrics if any(np.isfinite(entry[m]["mean"]) for entry in self.summary)]
         head = "".join(f"<th>{h}</th>" for h in ("structure", "defined / cases", *shown))
         body = "".join(
             f"<tr><td>{html.escape(e['structure'])}</td><td>{e['n_defined']} / {e['n']}</td>"
@@ -126,7 +146,10 @@ class Evaluation:
             for e in self.summary
         )
         failed = "".join(f"<li>{html.escape(r['case'])}: {html.escape(r['error'])}</li>" for r in self.failed)
-        return f"<table><tr>{head}</tr>{body}</table>" + (f"<p>Failed:</p><ul>{failed}</ul>" if failed else "")
+        drawn = {m: m for m in ("dice", "hd95_mm") if any(np.isfinite(row.get(m, np.nan)) for row in self.rows)}
+        picture = base64.b64encode(distribution_picture(self.rows, drawn)).decode() if drawn else ""
+        plot = f'<img alt="distribution over cases" src="data:image/png;base64,{picture}">' if drawn else ""
+        return f"<table><tr>{head}</tr>{body}</table>{plot}" + (f"<p>Failed:</p><ul>{failed}</ul>" if failed else "")
 
 
 def _interval(estimate: Mapping[str, Any]) -> str:

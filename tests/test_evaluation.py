@@ -236,7 +236,8 @@ def test_one_case_has_no_interval():
 def test_json_csv_and_tables(folders, tmp_path):
     p, r = folders
     (p / "case_4.nii.gz").unlink()
-    result = evaluate(p, r, out=tmp_path / "out")
+    result = evaluate(p, r)
+    result.write(tmp_path / "out")
     data = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert sorted(data) == ["cases", "summary"]
     assert {"case", "structure", "iou", "dice", "hd95_mm", "nsd", "volume_mm3", "reference_volume_mm3"} <= set(

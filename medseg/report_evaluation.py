@@ -1,0 +1,176 @@
+"""The report of an evaluation: summary, distributions, the worst and median cases as pictures, failures, comparison."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from medseg.distribution import distribution_picture
+from medseg.evaluation import Sources, aligned_pair, case_id, case_pairs, read_pair
+from medseg.io import read
+from medseg.report import METRIC_NAMES, metrics_blocks
+from medseg.report_html import Block, Cell, Facts, Interval, Picture, Section, Table, Text, write_report
+from medseg.report_pictures import planes_picture
+from medseg.resample import resample_to
+from medseg.scores import Evaluation
+from medseg.statistics import compare, worst_cases
+from medseg.volume import Geometry, LabelMap, Volume
+
+__all__ = ["report_of_evaluation"]
+
+WORST = 3
+DRAWN = ("dice", "nsd", "hd95_mm")
+LESIONS = {
+    "reference_lesions": "lesions", "lesions_found": "found", "false_positives": "false positives",
+    "lesion_sensitivity": "sensitivity", "lesion_precision": "precision", "lesion_f1": "F1", "pq": "PQ", "sq": "SQ",
+    "rq": "RQ", "merges": "merges", "splits": "splits",
+}  # fmt: skip
+Images = Volume | str | os.PathLike[str] | Mapping[str, Volume | str | os.PathLike[str]]
+
+
+def report_of_evaluation(
+    path: str | os.PathLike[str],
+    evaluation: Evaluation,
+    prediction: Sources,
+    reference: Sources,
+    *,
+    image: Images | None = None,
+    other: Evaluation | None = None,
+    resample: bool = False,
+    title: str = "Evaluation",
+    force: bool = False,
+) -> None:
+    """Write a report on an evaluation as one HTML file.
+
+    Parameters
+    ----------
+    path : path
+        The HTML file.
+    evaluation : Evaluation
+    prediction, reference
+        What was evaluated, as for :func:`medseg.evaluate`; only the cases that are shown are read again.
+    image : Volume, path, folder, or mapping of case id to these, optional
+        Scans to show below the contours; a case without one is shown on black.
+    other : Evaluation, optional
+        Of another run on the same references, with which it is compared.
+    resample : bool
+        As for :func:`medseg.evaluate`.
+    title : str
+    force : bool
+        Whether an existing file may be replaced.
+
+    Raises
+    ------
+    FileExistsError
+        If the file exists and ``force`` is not set.
+    """
+    cases, failed = {row["case"] for row in evaluation.rows}, {row["case"]: row["error"] for row in evaluation.failed}
+    structures = [e["structure"] for e in evaluation.summary[:-1]]
+    facts = Facts({
+        "cases scored": len(cases) - len(failed), "cases failed": len(failed), "structures": len(structures),
+        "mean Dice": evaluation.mean("dice"), "mean HD95 (mm)": evaluation.mean("hd95_mm"),
+    })  # fmt: skip
+    pictures, colors = _case_pictures(evaluation, prediction, reference, image, resample)
+    summary, rows, *rest = metrics_blocks(evaluation, colors)
+    sections = [Section("Summary", [facts, summary, *_lesion_tables(evaluation)])]
+    if failed:
+        note = Text(f"{len(failed)} of {len(cases)} cases could not be scored and count in no mean.")
+        sections.append(Section("Failed cases", [note, *rest]))
+    drawn = {m: METRIC_NAMES[m] for m in DRAWN if any(np.isfinite(r.get(m, np.nan)) for r in evaluation.rows)}
+    if drawn:
+        what = "Boxes: quartiles; whiskers: 1.5 interquartile ranges; one point per case."
+        plot = Picture(distribution_picture(evaluation.rows, drawn, colors), what, f"Spread over cases. {what}")
+        sections.append(Section("Distribution", [plot]))
+    if other is not None:
+        sections.append(Section("Comparison", [_comparison(other, evaluation, m) for m in drawn]))
+    if pictures:
+        sections.append(Section("Worst and median cases", pictures))
+    sections.append(Section("All cases", [_by_case(evaluation), rows]))
+    write_report(path, sections, title=title, force=force)
+
+
+def _lesion_tables(evaluation: Evaluation) -> list[Block]:
+    if "lesion_f1" not in evaluation.metrics:
+        return []
+    counts = ("reference_lesions", "lesions_found", "false_positives", "merges", "splits")
+    rows: list[list[Cell]] = []
+    for entry in evaluation.summary:
+        means = [entry[m]["mean"] for m in LESIONS]
+        rows.append(
+            [entry["structure"], *(Interval(v, is_share=m not in counts) for m, v in zip(LESIONS, means, strict=True))]
+        )
+    return [Table("Lesions: means per case", ["structure", *LESIONS.values()], rows, is_open=True)]
+
+
+def _comparison(other: Evaluation, evaluation: Evaluation, metric: str) -> Table:
+    """Paired differences of one metric, structure by structure."""
+    rows: list[list[Cell]] = [
+        [
+            c.structure,
+            c.n,
+            c.first,
+            c.second,
+            Interval(c.difference, c.low, c.high),
+            f"{c.better} / {c.n}",
+            c.p,
+            c.p_holm,
+        ]
+        for c in compare(other, evaluation, metric)
+    ]
+    head = ["structure", "pairs", "other run", "this run", "difference (95 %)", "better", "p", "p (Holm)"]
+    return Table(
+        f"{METRIC_NAMES[metric]}: this run minus the other, same cases, Wilcoxon signed-rank", head, rows, True
+    )
+
+
+def _by_case(evaluation: Evaluation) -> Table:
+    order: list[list[Cell]] = [[case, value] for case, value in worst_cases(evaluation)]
+    return Table("Mean Dice over structures, the worst case first", ["case", "mean Dice"], order)
+
+
+def _case_pictures(
+    evaluation: Evaluation, prediction: Sources, reference: Sources, image: Images | None, resample: bool
+) -> tuple[list[Block], dict[str, tuple[int, int, int]]]:
+    """Pictures of the worst and the median cases, and the colours of the structures in them."""
+    ordered = [(case, value) for case, value in worst_cases(evaluation) if np.isfinite(value)]
+    pairs = case_pairs(prediction, reference)
+    chosen = {case: f"number {n} from the worst" for n, (case, _) in enumerate(ordered[:WORST], 1)}
+    if ordered:
+        chosen.setdefault(ordered[len(ordered) // 2][0], "the median case")
+    blocks: list[Block] = []
+    colors: dict[str, tuple[int, int, int]] = {}
+    scores = dict(ordered)
+    for case, why in chosen.items():
+        p, r = aligned_pair(case, *read_pair(*pairs[case]), resample)
+        colors.update({s.name: s.color for s in (*p.structures, *r.structures)})
+        scan = _scan(image, case, r)
+        shown = planes_picture(scan, p, r, focus="disagreement", zoom=True)
+        values = ", ".join(
+            f"{row['structure']} {row['dice']:.3f}"
+            for row in evaluation.rows
+            if row["case"] == case and np.isfinite(row["dice"])
+        )
+        caption = (
+            f"{case}, {why}: mean Dice {scores[case]:.3f} ({values}). Planes in which prediction (solid) and reference "
+            "(dashed) differ most."
+        )
+        blocks.append(Picture(shown, caption, f"Case {case} in three planes, contours of both masks"))
+    return blocks, colors
+
+
+def _scan(image: Images | None, case: str, labels: LabelMap) -> Volume:
+    """The scan of a case on the grid of its labels; black where there is none."""
+    grid: Geometry = labels.geometry
+    found = image
+    if isinstance(image, Mapping):
+        found = image.get(case)
+    elif image is not None and not isinstance(image, Volume) and Path(image).is_dir():
+        files = [f for f in sorted(Path(image).iterdir()) if case_id(f) in (case, f"{case}_0000")]
+        found = files[0] if files else None
+    if found is None or isinstance(found, Mapping):
+        return Volume(np.zeros(grid.shape, np.uint8), grid)
+    scan = found if isinstance(found, Volume) else read(found)
+    return scan if scan.geometry.is_close(grid) else resample_to(scan, grid)
