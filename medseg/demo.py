@@ -117,7 +117,8 @@ def run_demo(out: str | PathLike[str], *, device: str = "auto", seed: int = 0, f
         log.info("5/5  evaluating and reporting")
         reference = LabelMap(align(truth, scan.geometry), scan.geometry, STRUCTURES)
         write(reference, work / "reference.nii.gz")
-        evaluation = evaluate({"right hemisphere": predicted}, {"right hemisphere": reference}, out=work)
+        evaluation = evaluate({"right hemisphere": predicted}, {"right hemisphere": reference})
+        evaluation.write(work)
         report_of_prediction(
             work / "report.html", title="medseg demo: grey and white matter of an unseen hemisphere", image=scan,
             prediction=predicted, reference=reference, evaluation=evaluation, run=run, notes=(DISCLAIMER, choice.reason),

@@ -91,7 +91,8 @@ def evaluate(
     Returns
     -------
     Evaluation
-        Its ``write(folder)`` makes metrics.json and metrics.csv. In a folder or mapping, a case that fails is a row with its reason and the others go on.
+        Its ``write(folder)`` makes metrics.json and metrics.csv. In a folder or mapping, a case that fails is a row with
+        its reason and the others go on.
 
     Raises
     ------

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import rotation
+from dicom_source import tilted, write_source
 from PIL import Image
 
 from medseg import cli
@@ -95,3 +96,21 @@ def test_points_lie_at_their_values():
     red = np.flatnonzero(((picture[..., 0] > 200) & (picture[..., 1] < 120) & (picture[..., 3] > 60)).any(axis=0))
     assert red[-1] - red[0] > 0.6 * picture.shape[1]
     assert picture[2, 2, 3] == 0
+
+
+def test_dicom_objects_against_nifti(tmp_path):
+    grid = tilted()
+    source = write_source(tmp_path / "scan", grid)
+    array = np.zeros(grid.shape, np.uint8)
+    array[3:10, 4:15, 1:5] = 1
+    labels = LabelMap(array, grid, (Structure(1, "liver"),))
+    write(labels, tmp_path / "r" / "one.nii.gz")
+    write(labels, tmp_path / "r" / "two.nii.gz")
+    write(labels, tmp_path / "p" / "one.seg.dcm", source=source)
+    write(labels, tmp_path / "p" / "two.rtstruct.dcm", source=source)
+    found = evaluate(tmp_path / "p", tmp_path / "r")
+    assert not found.failed
+    assert [(row["case"], row["structure"], row["dice"]) for row in found.rows] == [
+        ("one", "liver", 1), ("two", "liver", 1)
+    ]  # fmt: skip
+    assert evaluate(tmp_path / "p" / "one.seg.dcm", tmp_path / "r" / "one.nii.gz").mean("dice") == 1
