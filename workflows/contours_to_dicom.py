@@ -1,6 +1,6 @@
 """Contours of a NIfTI mask back onto the source series, as RTSTRUCT and DICOM-SEG.
 
-python workflows/contours_to_dicom.py MASK.nii.gz DICOM_FOLDER --out OUT --names 1=liver 2=kidney_left
+python workflows/contours_to_dicom.py MASK.nii.gz DICOM_FOLDER --out OUT --names 1 liver 2 kidney_left
 """
 
 from __future__ import annotations
