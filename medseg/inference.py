@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from medseg.crf import CRFParameters, refine
 from medseg.decision import decide, probabilities_on
@@ -117,21 +118,35 @@ class Predictor:
         )  # fmt: skip
 
     def _forward(self, windows: Tensor) -> Tensor:
-        """Logits of windows (B, C, *patch). A window without contrast shows nothing: it is background, unasked.
+        """Logits of windows (B, C, *patch).
 
-        (Air that a scanner set to 0 has no variance, and normalising it makes structures out of nothing.)
+        Where images are blank around the body (the plan knows) a voxel whose surroundings are all blank is background,
+        and a window of such voxels is not put to the network, which would make structures out of nothing.
         """
         memory = torch.channels_last if self.plan.dims == 2 else torch.channels_last_3d
-        values = windows.flatten(2)
-        seen = (values.amax(2) - values.amin(2) > CONTRAST).any(1)
-        if bool(seen.all()):
+        if not all(c.masked for c in self.plan.channels):
             whole: Tensor = self.network(windows.to(memory_format=memory))
             return whole
-        logits = windows.new_full((len(windows), len(self.plan.structures) + 1, *windows.shape[2:]), -SURE)
-        logits[:, 0] = SURE
+        blank = _without_contrast(windows)
+        seen = ~blank.flatten(1).all(1)
+        logits = windows.new_zeros((len(windows), len(self.plan.structures) + 1, *windows.shape[2:]))
         if bool(seen.any()):
             logits[seen] = self.network(windows[seen].to(memory_format=memory)).to(logits.dtype)
+        logits.masked_fill_(blank[:, None], -SURE)
+        logits[:, 0].masked_fill_(blank, SURE)
         return logits
+
+
+def _without_contrast(windows: Tensor) -> Tensor:
+    """(B, *S) mask of the voxels around which (B, C, *S) images hold one value: their 5 voxels a side differ little."""
+    high = low = windows
+    for axis in range(2, windows.ndim):
+        size = [1] * (windows.ndim - 2)
+        size[axis - 2] = 5
+        pool = F.max_pool2d if windows.ndim == 4 else F.max_pool3d
+        padding = [n // 2 for n in size]
+        high, low = pool(high, size, 1, padding), -pool(-low, size, 1, padding)
+    return (high - low).amax(1) < CONTRAST
 
 
 def predict(

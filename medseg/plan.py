@@ -30,6 +30,7 @@ MIN_EDGE = 4  # no axis is pooled below this many voxels
 CPU_BATCH_VOXELS = 360_000  # about half a second a step on two cores at 16 to 128 features
 GPU_BATCH_VOXELS = 4_000_000
 BLANK = 0.25  # share of an image at its lowest value from which that counts as outside the body
+BLANK_INSIDE = 0.005  # unless so many of the structures' own voxels hold it
 SHORT_MINUTES = 5  # trainings below this halve the batch
 
 
@@ -37,8 +38,9 @@ class ChannelPlan(Record):
     """How one image channel is normalised.
 
     "ct": clip to [low, high] HU, then (x - mean) / std of the training set's foreground. "zscore": clip to the image's
-    own 0.5 and 99.5 percentiles, then its own mean and standard deviation; over the voxels above its lowest value alone
-    where ``masked``. "color": (x - mean) / std of the training set.
+    own 0.5 and 99.5 percentiles, then its own mean and standard deviation; where ``masked`` these are of the voxels
+    above its lowest value alone, and voxels that are blank all around are background. "color": (x - mean) / std of the
+    training set.
     """
 
     name: str
@@ -116,6 +118,7 @@ class CaseFingerprint:
     samples: np.ndarray  # (C, n) intensities of foreground voxels, of any voxels where there is no foreground
     lowest: float
     blank: float  # share of the voxels of the first channel that hold its lowest value
+    blank_inside: float  # the same share of the foreground
     names: Mapping[int, str]
     counts: Mapping[int, int]  # voxels per label
 
@@ -143,9 +146,11 @@ def _look(case: Case) -> CaseFingerprint:
     geometry = image.geometry if picture else reorient(image, "RAS").geometry
     integers = bool(np.issubdtype(native.dtype, np.integer))
     lowest = float(native.min())
-    blank = float(np.mean(native[0] == native[0].min()))
+    least = native[0].min()
+    blank, blank_inside = float(np.mean(native[0] == least)), float(np.mean(samples[0] == least))
     return CaseFingerprint(
-        case.id, picture, geometry.shape, geometry.spacing, image.modality, integers, samples, lowest, blank, names, counts
+        case.id, picture, geometry.shape, geometry.spacing, image.modality, integers, samples, lowest, blank,
+        blank_inside, names, counts,
     )  # fmt: skip
 
 
@@ -388,9 +393,10 @@ def _choose_normalisation(
             why.append(f"{name}: colour, by mean and spread of the training set")
         else:
             blank = float(np.median([look.blank for look in looks]))
-            plans.append(ChannelPlan(name=name, scheme="zscore", masked=blank > BLANK))
+            masked = blank > BLANK and float(np.median([look.blank_inside for look in looks])) < BLANK_INSIDE
+            plans.append(ChannelPlan(name=name, scheme="zscore", masked=masked))
             why.append(f"{name}: no fixed unit, by each image's own mean and spread within 0.5 to 99.5 percentiles")
-            if blank > BLANK:
+            if masked:
                 why[-1] += f", of the voxels above the lowest value ({100 * blank:.0f} % of an image are blank)"
     reasons["channels"] = "; ".join(dict.fromkeys(why))
     return tuple(plans)

@@ -120,6 +120,18 @@ class ReadCased(MapTransform):
         return out
 
 
+class Normalised(MapTransform):
+    """Normalise "image" as planned, on its native grid: resampling would blur the blank around a body into it."""
+
+    def __init__(self, channels: Sequence[ChannelPlan]) -> None:
+        super().__init__(["image"])
+        self.channels = channels
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        image = data["image"]
+        return {**data, "image": Volume(normalise(image.array, self.channels), image.geometry, image.meta)}
+
+
 class PlannedGridd(MapTransform):
     """Put "image" (cubic) and "label" (class by class) on the planned grid; labels become class indices 0..K-1."""
 
@@ -140,20 +152,6 @@ class PlannedGridd(MapTransform):
             for number, index in self.classes.items():
                 classes[numbers == number] = index
             out["label"] = _to_meta(classes, grid)
-        return out
-
-
-class Normalised(MapTransform):
-    """Normalise "image" as planned."""
-
-    def __init__(self, channels: Sequence[ChannelPlan]) -> None:
-        super().__init__(["image"])
-        self.channels = channels
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        out = dict(data)
-        image = out["image"]
-        out["image"] = MetaTensor(torch.from_numpy(normalise(image.numpy(), self.channels)), affine=image.affine)
         return out
 
 
@@ -181,7 +179,7 @@ def preprocessing(plan: Plan) -> Compose:
         Takes ``{"case": id, "image": paths or Volume, "label": path, LabelMap or None}``; gives "image", a float32
         MetaTensor (C, I, J, K); "label", an int16 MetaTensor (I, J, K) of class indices, or None; "geometry".
     """
-    return Pipeline([ReadCased(), PlannedGridd(plan), Normalised(plan.channels)])
+    return Pipeline([ReadCased(), Normalised(plan.channels), PlannedGridd(plan)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
