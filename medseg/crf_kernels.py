@@ -53,13 +53,17 @@ class Gaussian:
     """The kernel of position alone: separable, and so is its normalisation."""
 
     def __init__(self, image: Tensor, sigma: tuple[float, float]) -> None:
-        self.matrices, self.reach = [], []
         self.pixels = image.shape[0], *image.shape[2:]
-        for length, s in zip(image.shape[2:], sigma, strict=True):
-            gram = _gram(torch.arange(length, device=image.device, dtype=torch.float32), s)
-            scale = gram.sum(1).rsqrt()
-            self.matrices.append(scale[:, None] * gram * scale[None, :])
-            self.reach.append(int(REACH * s) + 1)
+        self.reach = [int(REACH * s) + 1 for s in sigma]
+        axes = list(zip(image.shape[2:], sigma, strict=True))
+        made = {axis: self._matrix(*axis, image.device) for axis in set(axes)}
+        self.matrices = [made[axis] for axis in axes]
+
+    @staticmethod
+    def _matrix(length: int, sigma: float, device: torch.device) -> Tensor:
+        gram = _gram(torch.arange(length, device=device, dtype=torch.float32), sigma)
+        scale = gram.sum(1).rsqrt()
+        return scale[:, None] * gram * scale[None, :]
 
     def __call__(self, q: Tensor) -> Tensor:
         """The normalised kernel applied to q (C, P)."""
@@ -73,7 +77,7 @@ class _Taps:
 
     def __init__(self, base: Tensor, steps: Sequence[int], weight: Tensor, nodes: int) -> None:
         self.base, self.steps, self.weight, self.nodes = base, steps, weight, nodes  # (P,), corners, (corners, P)
-        self.index = torch.stack([(base + step).int() for step in steps], 1)
+        self.index = base.int()[:, None] + torch.tensor(steps, dtype=torch.int32, device=base.device)
         self.weight_rows = weight.T.contiguous()
 
     def at(self, where: Tensor) -> _Taps:
@@ -85,8 +89,8 @@ class _Taps:
         sums = [torch.zeros(self.nodes, device=q.device) for _ in q]
         for step, weight in zip(self.steps, self.weight, strict=True):
             index = self.base + step
-            for total, channel in zip(sums, q * weight, strict=True):
-                total.scatter_add_(0, index, channel)
+            for total, channel in zip(sums, q, strict=True):
+                total.scatter_add_(0, index, channel * weight)
         return torch.stack(sums)
 
     def slice(self, nodes: Tensor) -> Tensor:
