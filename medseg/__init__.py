@@ -19,6 +19,7 @@ _PUBLIC = {
     "read_labels": "io",
     "write": "io",
     "list_series": "io",
+    "convert": "io.convert",
     "resample_to": "resample",
     "reorient": "resample",
     "crop": "resample",

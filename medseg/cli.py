@@ -99,7 +99,7 @@ def convert(
         show_patient: put patient names and ids into messages and file names
         force: overwrite outputs
     """
-    written = medseg.io.convert.convert(
+    written = medseg.convert(
         src, dst, series=series, like=like, labels=labels, to=to, split=split, four_d=four_d, resample=resample,
         slices=slices, suv=suv, seg_type=seg_type, allow_mismatch=allow_mismatch, show_patient=show_patient, force=force,
     )  # fmt: skip

@@ -19,7 +19,6 @@ from medseg.config import Record
 from medseg.data import Case, Dataset
 from medseg.io import read_channels, read_labels
 from medseg.models import MODELS
-from medseg.resample import reorient
 from medseg.volume import Structure, default_color, present_labels
 
 __all__ = ["CaseFingerprint", "ChannelPlan", "Plan", "StructurePlan", "fingerprint", "make_plan"]
@@ -143,7 +142,7 @@ def _look(case: Case) -> CaseFingerprint:
     samples = np.stack([channel.reshape(-1)[index] for channel in native]).astype(np.float32)
     if not np.isfinite(samples).all():
         raise ValueError(f"voxels must be finite, got NaN or Inf in case {case.id}; run medseg check")
-    geometry = image.geometry if picture else reorient(image, "RAS").geometry
+    geometry = image.geometry if picture else image.geometry.reoriented("RAS")
     integers = bool(np.issubdtype(native.dtype, np.integer))
     lowest = float(native.min())
     least = native[0].min()

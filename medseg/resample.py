@@ -221,19 +221,7 @@ def reorient(value: Value, orientation: str = "RAS") -> Value:
     ValueError
         If the letters do not name each world axis once.
     """
-    letters, have = orientation.upper(), value.geometry.orientation
-    axes = ["RL", "AP", "SI"]
-    if len(letters) != 3 or sorted(n for c in letters for n in range(3) if c in axes[n]) != [0, 1, 2]:
-        raise ValueError(f"orientation must be three letters of R/L, A/P and S/I, got {orientation!r}")
-    source = [next(a for a in range(3) if any({c, have[a]} <= set(pair) for pair in axes)) for c in letters]
-    shape = value.geometry.shape
-    turn = np.zeros((4, 4))
-    turn[3, 3] = 1
-    for new, old in enumerate(source):
-        flipped = letters[new] != have[old]
-        turn[old, new], turn[old, 3] = (-1, shape[old] - 1) if flipped else (1, 0)
-    geometry = Geometry(tuple(shape[a] for a in source), value.geometry.affine @ turn)  # type: ignore[arg-type]
-    return resample_exactly(value, geometry)
+    return resample_exactly(value, value.geometry.reoriented(orientation))
 
 
 def crop(value: Value, start: Sequence[int], stop: Sequence[int]) -> Value:

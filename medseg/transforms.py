@@ -37,27 +37,10 @@ def planned_geometry(native: Geometry, plan: Plan) -> Geometry:
         If the native grid is skewed.
     """
     native.require_straight("grid of an image")
-    grid = native
-    if plan.orientation is not None:
-        grid = _reoriented(native, plan.orientation)
+    grid = native if plan.orientation is None else native.reoriented(plan.orientation)
     target = [old if new is None else new for old, new in zip(grid.spacing, plan.spacing, strict=True)]
     close = all(abs(t / s - 1) <= SPACING_TOLERANCE for t, s in zip(target, grid.spacing, strict=True))
     return grid if close else grid.with_spacing(target)
-
-
-def _reoriented(geometry: Geometry, orientation: str) -> Geometry:
-    """The same voxels with axes in the order and direction that the letters say."""
-    opposite = dict(zip("RLAPSI", "LRPAIS", strict=True))
-    axes, old = [], geometry.orientation
-    for letter in orientation:
-        axes.append(old.index(letter) if letter in old else old.index(opposite[letter]))
-    change = np.zeros((4, 4))
-    change[3, 3] = 1
-    for new, axis in enumerate(axes):
-        flipped = old[axis] != orientation[new]
-        change[axis, new] = -1 if flipped else 1
-        change[axis, 3] = geometry.shape[axis] - 1 if flipped else 0
-    return Geometry(tuple(geometry.shape[a] for a in axes), geometry.affine @ change)  # type: ignore[arg-type]
 
 
 def normalise(array: np.ndarray, channels: Sequence[ChannelPlan]) -> np.ndarray:

@@ -184,6 +184,25 @@ class Geometry:
         shift[:3, 3] = start
         return Geometry(tuple(b - a for a, b in zip(start, stop, strict=True)), self.affine @ shift)  # type: ignore[arg-type]
 
+    def reoriented(self, orientation: str) -> Geometry:
+        """The same voxels with index axes in the order and direction of the letters ("RAS"); see ``orientation``.
+
+        Raises
+        ------
+        GeometryError
+            If the letters do not name each world axis once.
+        """
+        letters, have, pairs = orientation.upper(), self.orientation, ("RL", "AP", "SI")
+        if len(letters) != 3 or sorted(n for c in letters for n in range(3) if c in pairs[n]) != [0, 1, 2]:
+            raise GeometryError(f"orientation must be three letters of R/L, A/P and S/I, got {orientation!r}")
+        axes = [next(a for a in range(3) if any({c, have[a]} <= set(pair) for pair in pairs)) for c in letters]
+        turn = np.zeros((4, 4))
+        turn[3, 3] = 1
+        for new, old in enumerate(axes):
+            flipped = letters[new] != have[old]
+            turn[old, new], turn[old, 3] = (-1, self.shape[old] - 1) if flipped else (1, 0)
+        return Geometry(tuple(self.shape[a] for a in axes), self.affine @ turn)  # type: ignore[arg-type]
+
     def with_spacing(self, spacing: Sequence[float]) -> Geometry:
         """A grid over exactly the same box (outer voxel faces stay in place) with about the spacing given (mm).
 

@@ -7,9 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from medseg.volume import Geometry
+
+# The same examples every time: a test that passed yesterday fails today only if the code changed.
+settings.register_profile("medseg", derandomize=True, deadline=None)
+settings.load_profile("medseg")
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +44,8 @@ def geometries(draw: st.DrawFn, low: int = 3, high: int = 9) -> Geometry:
     """Oblique, anisotropic, non-cubic grids of either handedness with axes in any order."""
     shape = draw(st.lists(st.integers(low, high), min_size=3, max_size=3, unique=True))
     spacing = draw(st.lists(st.floats(0.4, 6.0), min_size=3, max_size=3, unique_by=lambda s: round(s, 1)))
-    angles = draw(st.tuples(*[st.floats(-0.7, 0.7)] * 3))
+    # Up to 20 degrees about each axis: beyond 45 in all, which world axis is nearest is a matter of taste.
+    angles = draw(st.tuples(*[st.integers(-350, 350).map(lambda n: n / 1000)] * 3))
     order = draw(st.permutations(range(3)))
     signs = draw(st.tuples(*[st.sampled_from([-1.0, 1.0])] * 3))
     direction = rotation(angles)[:, order] * np.asarray(signs)
