@@ -37,8 +37,8 @@ def main(recipe: Recipe) -> None:
         recipe.references,
         tolerance_mm=recipe.tolerance_mm,
         common_only=recipe.common_only,
-        out=recipe.out,
     )
+    evaluation.write(recipe.out)
     for row in evaluation.summary:
         low, high = row["iou"]["ci95"]
         print(
