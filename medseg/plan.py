@@ -217,7 +217,7 @@ def make_plan(
     if minutes is not None and minutes < SHORT_MINUTES:
         budget //= 2
     patch, strides, kernels = _choose_patch(shape[:dims], [s or 1.0 for s in planned[:dims]], budget // 2, reasons)
-    widths = (32, 64, 128, 256, 320, 320, 320) if on_gpu or dims == 2 else (16, 32, 64, 128, 160, 160, 160)
+    widths = (32, 64, 128, 256, 320, 320, 320) if on_gpu else (16, 32, 64, 128, 160, 160, 160)
     why = "room on the GPU" if on_gpu else "what a CPU trains in minutes"
     reasons["features"] = f"{widths[0]} in the finest stage, doubled per stage: {why}"
     voxels = int(np.prod(patch))
