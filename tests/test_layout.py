@@ -28,7 +28,7 @@ HOMES = {  # foreign package -> the only places that may import it
     "monai": ("medseg.transforms", "medseg.inference", "medseg.models", "medseg.losses"),
     "tyro": ("medseg.cli",),
 }
-BOTTOM = ("preview", "volume", "resample", "sampling", "contours", "io")
+BOTTOM = ("geometry", "preview", "volume", "resample", "sampling", "contours", "io")
 TENSORS = ("losses", "metrics", "surface", "crf", "crf_kernels", "models")
 TOP = ("cli", "demo")
 EXTRAS = {"nilearn", "transformers", "torchvision", "segmentation_models_pytorch", "ray", "fastapi", "uvicorn"}
@@ -82,13 +82,13 @@ def test_foreign_packages_live_in_their_place(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_layers(name: str) -> None:
     own, used = part(name), {part(n) for n in ours(name)} - {""}
-    if own in ("volume", "preview"):
-        assert used <= {"preview"} - {own}
+    if own in ("geometry", "volume", "preview"):
+        assert used <= {"geometry", "preview"} - {own}
     elif own in BOTTOM:
         assert used <= {*BOTTOM, own}, f"{name} imports {used}"
         assert own == "io" or "io" not in used
     elif own in TENSORS:
-        assert used <= {*TENSORS, "volume"}, f"{name} imports {used}"
+        assert used <= {*TENSORS, "geometry", "volume"}, f"{name} imports {used}"
     if own not in TOP and name != "medseg":
         assert not used & set(TOP), f"{name} imports {used}"
     if own in ("inference", "evaluation"):

@@ -14,9 +14,10 @@ from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
 from pydicom.valuerep import format_number_as_ds
 
+from medseg.geometry import SKEW_TOLERANCE
 from medseg.io.dicom import lps_to_ras
 from medseg.io.files import atomic_folder
-from medseg.volume import SKEW_TOLERANCE, DicomError, Volume
+from medseg.volume import DicomError, Volume
 
 __all__ = ["write_series"]
 
