@@ -49,6 +49,7 @@ from medseg.io import dicom_header
 from medseg.io.dicom import list_series, lps_to_ras, object_kind, read_all, read_series, source_frames, source_series
 from medseg.io.dicom_files import DicomFile
 from medseg.io.dicom_mosaic import read_csa
+from medseg.io.dicom_workers import Task, _Worker
 from medseg.volume import DicomError, Volume
 
 with warnings.catch_warnings():
@@ -518,6 +519,32 @@ def test_compressed_syntaxes(tmp_path: Path, syntax: str, fragments: int) -> Non
         ds.save_as(tmp_path / f"{k}", enforce_file_format=True)
     volume = read_series(tmp_path)
     assert all(np.array_equal(values(volume, k), pixels(k, shape)) for k in range(3))
+
+
+def test_frames_decoded_in_parallel_come_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medseg.io.dicom_pixels.worker_count", lambda pixels: 2)
+    shape = (64, 48)
+    for k, p in enumerate(stack_positions(7)):
+        ds = image(pixels(k, shape), p)
+        ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        ds.compress(JPEG2000Lossless)
+        ds.save_as(tmp_path / f"{k}", enforce_file_format=True)
+    volume = read_series(tmp_path)
+    assert all(np.array_equal(values(volume, k), pixels(k, shape)) for k in range(7))
+    data = (tmp_path / "3").read_bytes()
+    (tmp_path / "3").write_bytes(data.replace(b"\xff\x51\x00\x29", b"\xff\x51\x00\x2a"))
+    with pytest.raises(DicomError, match="frame must be"):
+        read_series(tmp_path)
+
+
+def test_a_codec_that_crashes_takes_down_its_worker_only() -> None:
+    task = Task(0, b"x", JPEG2000Lossless, {"rows": 1}, "a.dcm")
+    worker = _Worker()
+    worker.process.kill()
+    worker.process.wait()
+    with pytest.raises(DicomError, match=r"crash of the codec on a\.dcm"):
+        worker.decode(task)
+    worker.close()
 
 
 def test_a_codec_sees_no_stream_of_another_size_than_its_header(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from medseg.io.dicom_header import Header
 from medseg.volume import DicomError
 
-__all__ = ["read_csa", "siemens_tiles", "uih_tiles"]
+__all__ = ["Tile", "read_csa", "siemens_tiles", "uih_tiles"]
 
 Tile = tuple[int, int, tuple[float, float, float]]  # row and column of its first pixel; LPS position of that pixel (mm)
 _CSA, _MAX_TAGS = "SIEMENS CSA HEADER", 1024

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from medseg.io.dicom_decode import decode_frame, split_frames
 from medseg.io.dicom_frames import Frame
 from medseg.io.dicom_header import BIG, DEFLATED, EXPLICIT, GE_PRIVATE, IMPLICIT, Header
+from medseg.io.dicom_workers import Task, decode_parallel, worker_count
 from medseg.volume import DicomError
 
 __all__ = ["Voxels", "read_voxels", "same_pixels", "stored_frames"]
@@ -180,19 +181,25 @@ def _rgb(array: Array) -> Array:
 
 
 def _compressed(header: Header, layout: _Layout, wanted: Sequence[int]) -> Iterator[Array]:
+    for task in _tasks(header, layout, {number: [number] for number in wanted}):
+        yield decode_frame(task.frame, task.syntax, task.options, task.name)
+
+
+def _tasks(header: Header, layout: _Layout, places: dict[int, list[int]]) -> Iterator[Task]:
+    """What decoding these frames of a file takes; the key of each is the layout and where its values go."""
     pixels, name = header.pixels, header.file.name
     if pixels is None:
         raise DicomError(f"image must have pixel data, got none in {name}")
     with header.open() as stream:
         stream.seek(pixels.offset)
         value = stream.read(pixels.length if pixels.length is not None else -1)
-    options = decode_options(layout)
+    options = _decode_options(layout)
     frames = split_frames(value, layout.count, name)
-    for number in wanted:
-        yield decode_frame(frames[number], header.syntax, options, name)
+    for number in sorted(places):
+        yield Task((layout, places[number]), frames[number], header.syntax, options, name)
 
 
-def decode_options(layout: _Layout) -> dict[str, Any]:
+def _decode_options(layout: _Layout) -> dict[str, Any]:
     """pydicom's names for what its decoders must know."""
     options: dict[str, Any] = {
         "rows": layout.rows,
@@ -363,17 +370,20 @@ def _general(frames: Sequence[Frame], layouts: dict[int, _Layout], factors: Sequ
 
 def _in_file_order(frames: Sequence[Frame]) -> Iterator[tuple[int, Array]]:
     """(k, stored values) of every frame, each file opened and each picture decoded once."""
-    files: dict[int, list[int]] = {}
+    files: dict[int, dict[int, list[int]]] = {}
     for k, f in enumerate(frames):
-        files.setdefault(id(f.header), []).append(k)
-    for members in files.values():
-        header = frames[members[0]].header
-        numbers = sorted({frames[k].index for k in members})
-        places: dict[int, list[int]] = {}
-        for k in members:
-            places.setdefault(frames[k].index, []).append(k)
-        for number, array in zip(numbers, stored_frames(header, numbers), strict=True):
-            for k in places[number]:
+        files.setdefault(id(f.header), {}).setdefault(f.index, []).append(k)
+    headers = {id(f.header): f.header for f in frames}
+    packed = {key: _layout(header) for key, header in headers.items() if not _is_native(header)}
+    size = sum(layout.rows * layout.columns * len(files[key]) for key, layout in packed.items())
+    tasks = (task for key, layout in packed.items() for task in _tasks(headers[key], layout, files[key]))
+    for (layout, places), array in decode_parallel(tasks, worker_count(size)):
+        for k in places:
+            yield k, _cut(_masked(array, layout), frames[k])
+    for key in headers.keys() - packed.keys():
+        numbers = sorted(files[key])
+        for number, array in zip(numbers, stored_frames(headers[key], numbers), strict=True):
+            for k in files[key][number]:
                 yield k, _cut(array, frames[k])
 
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from medseg.io.dicom_files import DicomFile, open_folder
-from medseg.io.dicom_frames import Frame, frames_of, object_kind_of
+from medseg.io.dicom_frames import Frame
 from medseg.io.dicom_grid import grid_of, picture_grid
 from medseg.io.dicom_group import Stack, group
 from medseg.io.dicom_header import Header, read_header, referenced_files
+from medseg.io.dicom_objects import frames_of, object_kind_of
 from medseg.io.dicom_pixels import same_pixels
 from medseg.io.info import VolumeInfo
 from medseg.volume import DicomError
