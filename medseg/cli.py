@@ -56,7 +56,7 @@ def info(path: Positional[Path], *, json: bool = False) -> None:
     for v in volumes:
         spacing = " x ".join(f"{s:.4g}" for s in v.spacing_mm)
         table.add_row(
-            v.series or Path(v.path).name, v.description, v.modality, " x ".join(map(str, v.shape)), spacing,
+            v.name or v.series or Path(v.path).name, v.description, v.modality, " x ".join(map(str, v.shape)), spacing,
             "\n".join(v.quirks),
         )  # fmt: skip
     _print(table)
