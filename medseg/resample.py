@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from medseg.sampling import IndexMap, Interpolation, blocks, coefficients
+from medseg.sampling import Block, IndexMap, Interpolation, blocks, coefficients
 from medseg.volume import Geometry, GeometryError, LabelMap, Volume, present_labels
 
 __all__ = ["crop", "pad", "reorient", "resample_to", "straighten"]
@@ -23,7 +23,12 @@ Array = NDArray[Any]
 Value = TypeVar("Value", Volume, LabelMap)
 
 _TIE = 1e-6  # classes whose weights differ by less are equal, whatever the rounding
-_BLOCK = {"nearest": 128, "linear": 64, "cubic": 128}  # voxels a side: matrix products over a narrow band of weights
+_BLOCK = {
+    "nearest": 128,
+    "linear": 64,
+    "cubic": 64,
+    "labels": 32,
+}  # voxels a side: matrix products over a narrow band of weights
 _GATHER_BLOCK = 48
 
 
@@ -165,26 +170,33 @@ class _Grids:
         """The class of the largest interpolated indicator; a running maximum over the classes met in a block."""
         labels = self.array[0]
         out = np.zeros((1, *self.shape), labels.dtype)
-        for rows in blocks(self.shape, _BLOCK["linear"] if self.map.is_separable else _GATHER_BLOCK):
+        for rows in blocks(self.shape, _BLOCK["labels"] if self.map.is_separable else _GATHER_BLOCK):
             block = self.map.block(rows, "linear", device)
-            if block is None:
-                continue
-            part = np.ascontiguousarray(labels[block.columns])
-            first, *others = present_labels(part)
-            shape = tuple(r.stop - r.start for r in rows)
-            winner = np.full(shape, first, labels.dtype)
-            # The indicators add up to one: the first class gets what the others leave.
-            best, total = torch.full(shape, -1.0, device=device), torch.zeros(shape, device=device)
-            for number in others:
-                weight = block.apply(torch.from_numpy((part == number).astype(np.float32)).to(device))
-                total += weight
-                better = weight > best + _TIE
-                winner[better.cpu().numpy()] = number
-                best = torch.where(better, weight, best)
-            if others:
-                winner[(1 - total >= best - _TIE).cpu().numpy()] = first
-            out[(0, *rows)] = winner if block.inside is None else np.where(block.inside, winner, 0)
+            if block is not None:
+                winner = _winner(block, np.ascontiguousarray(labels[block.columns]), device)
+                out[(0, *rows)] = winner if block.inside is None else np.where(block.inside, winner, 0)
         return self._finish(out)
+
+
+def _winner(block: Block, labels: Array, device: torch.device) -> Array | int:
+    """The label of the largest weight at each target voxel of a block."""
+    if labels.min() == labels.max():
+        return int(labels.flat[0])
+    first, *others = present_labels(labels)
+
+    def weight_of(number: int) -> torch.Tensor:
+        return block.apply(torch.from_numpy((labels == number).astype(np.float32)).to(device))
+
+    best = total = weight_of(others[0])
+    winner = np.full(best.shape, others[0], labels.dtype)
+    for number in others[1:]:
+        weight = weight_of(number)
+        better = weight > best + _TIE
+        winner[better.cpu().numpy()] = number
+        best, total = torch.where(better, weight, best), total + weight
+    # The indicators add up to one: the first class has what the others leave.
+    winner[(1 - total >= best - _TIE).cpu().numpy()] = first
+    return winner
 
 
 def _tensor(array: Array, device: torch.device) -> torch.Tensor:

@@ -120,6 +120,7 @@ class IndexMap:
             x = self.matrix[axis, axis] * np.arange(self.target[axis]) + self.offset[axis]
             weights = weight_matrix(x, self.source[axis], mode)
             used = np.abs(weights) > _NEGLIGIBLE
+            weights[~used] = 0  # tails would become denormal float32, whose products are slow
             first = used.argmax(1)
             last = used.shape[1] - used[:, ::-1].argmax(1)
             self._weights[axis, mode] = weights.astype(np.float32), first, last
