@@ -47,6 +47,7 @@ _MODULES = (
     "crf_fit",
     "data",
     "demo",
+    "device",
     "io",
     "losses",
     "metrics",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -17,6 +17,25 @@ class Record(BaseModel):
     """A frozen, validated value that is written as JSON."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def make(cls, **values: Any) -> Self:
+        """Build from values of the outside world.
+
+        Raises
+        ------
+        ValueError
+            If an entry is missing, unknown or not valid; one line that names it.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as problem:
+            first = problem.errors()[0]
+            where = ".".join(str(p) for p in first["loc"])
+            message = first["msg"].removeprefix("Value error, ")
+            raise ValueError(
+                f"{where} must be valid: {message}, got {first['input']!r}"[:400] if where else message
+            ) from problem
 
     def save(self, path: str | Path, *, force: bool = False) -> None:
         """Write as JSON, atomically; over what was there only with ``force``."""
@@ -38,15 +57,15 @@ class Record(BaseModel):
         if not path.is_file():
             raise FileNotFoundError(f"{cls.__name__.lower()} must be a JSON file, got {path}, which does not exist")
         try:
-            return cls.model_validate(json.loads(path.read_text()))
+            values = json.loads(path.read_text())
         except json.JSONDecodeError as problem:
             raise ValueError(f"{path} must hold JSON, got {problem}") from problem
-        except ValidationError as problem:
-            first = problem.errors()[0]
-            where = ".".join(str(p) for p in first["loc"]) or "entry"
-            raise ValueError(
-                f"{where} in {path} must be valid: {first['msg']}, got {first['input']!r}"[:500]
-            ) from problem
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold a JSON object, got {type(values).__name__}")
+        try:
+            return cls.make(**values)
+        except ValueError as problem:
+            raise ValueError(f"{problem} in {path}") from problem
 
 
 class TrainConfig(Record):
@@ -70,7 +89,7 @@ class TrainConfig(Record):
     device: str = "auto"
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
     workers: int = Field(2, ge=0, description="threads that read and preprocess cases")
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     resume: bool = False
     force: bool = Field(False, description="replace an existing run folder")
 

@@ -11,7 +11,7 @@ from pydantic import model_validator
 
 from medseg.config import Record
 from medseg.crf import CRFParameters, refine
-from medseg.data import Case, folds, load_dataset
+from medseg.data import Case, load_dataset
 from medseg.evaluation import score_case
 from medseg.inference import Predictor, load_image
 from medseg.io import read_labels
@@ -118,6 +118,8 @@ def fit_crf(run: Run, *, device: str = "auto") -> CRFChoice:
 
 
 def _validation(run: Run) -> list[Case]:
-    dataset = load_dataset(run.config.dataset, group=run.config.group)
-    labelled = [c for c in dataset.cases if c.label is not None]
-    return list(folds(labelled, run.config.folds)[run.config.fold][1])
+    cases = {c.id: c for c in load_dataset(run.config.dataset, group=run.config.group).cases}
+    missing = [n for n in run.validation_ids() if n not in cases or cases[n].label is None]
+    if missing:
+        raise ValueError(f"data set must hold the validation cases of the run, got no {missing[0]} in {run.config.dataset}")
+    return [cases[n] for n in run.validation_ids()]

@@ -19,7 +19,7 @@ import numpy as np
 
 from medseg.dataset_json import declared_channels, declared_labels, path_inside, read_header
 
-__all__ = ["Case", "Dataset", "folds", "load_dataset"]
+__all__ = ["Case", "Dataset", "folds", "labelled_folds", "load_dataset"]
 
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd", ".png", ".tif", ".tiff", ".jpg", ".jpeg", ".bmp")
 IMAGE_FOLDERS = ("images", "imagestr")
@@ -168,6 +168,11 @@ def folds(cases: Iterable[Case], k: int = 5, seed: int = 12345) -> list[tuple[tu
         )
         for fold in range(k)
     ]
+
+
+def labelled_folds(dataset: Dataset, k: int = 5) -> list[tuple[tuple[Case, ...], tuple[Case, ...]]]:
+    """The folds of the cases that have a label: see :func:`folds`."""
+    return folds([c for c in dataset.cases if c.label is not None], k)
 
 
 def stem(name: str) -> str:

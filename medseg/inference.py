@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from torch.nn import functional as F
 
 from medseg.crf import CRFParameters, refine
 from medseg.decision import decide, probabilities_on
+from medseg.device import pick_device
 from medseg.io import read, read_channels
-from medseg.plan import Plan, pick_device
+from medseg.plan import Plan
 from medseg.run import Run
 from medseg.sliding_window import Slab, sliding_logits_slabs
 from medseg.transforms import preprocessing
@@ -26,7 +28,7 @@ __all__ = ["Predictor", "predict"]
 
 Image = str | PathLike[str] | Volume | Sequence[str | PathLike[str]]
 SURE = 10.0  # logit of the background, and minus that of the structures, where there is nothing to see
-CONTRAST = 0.05  # range of normalised intensities (standard deviations) from which there is something to see
+CONTRAST = 0.05  # standard deviations above the lowest value from which there is something to see
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32-true": None}
 
 
@@ -112,12 +114,13 @@ class Predictor:
     def _slabs(self, array: np.ndarray, progress: Callable[[int, int], None] | None) -> Iterator[Slab]:
         tensor = torch.from_numpy(np.array(array, dtype=np.float32))
         batch = 1 if self.plan.dims == 3 else min(8, tensor.shape[3])
+        floor = tensor.amin((1, 2, 3)).to(self.device)
         return sliding_logits_slabs(
-            self._forward, tensor, self.plan.patch, batch=batch, device=self.device,
+            partial(self._forward, floor=floor), tensor, self.plan.patch, batch=batch, device=self.device,
             autocast=AUTOCAST[self.precision], progress=progress,
         )  # fmt: skip
 
-    def _forward(self, windows: Tensor) -> Tensor:
+    def _forward(self, windows: Tensor, floor: Tensor) -> Tensor:
         """Logits of windows (B, C, *patch).
 
         Where images are blank around the body (the plan knows) a voxel whose surroundings are all blank is background,
@@ -127,7 +130,7 @@ class Predictor:
         if not all(c.masked for c in self.plan.channels):
             whole: Tensor = self.network(windows.to(memory_format=memory))
             return whole
-        blank = _without_contrast(windows)
+        blank = _blank(windows, floor)
         seen = ~blank.flatten(1).all(1)
         logits = windows.new_zeros((len(windows), len(self.plan.structures) + 1, *windows.shape[2:]))
         if bool(seen.any()):
@@ -137,16 +140,18 @@ class Predictor:
         return logits
 
 
-def _without_contrast(windows: Tensor) -> Tensor:
-    """(B, *S) mask of the voxels around which (B, C, *S) images hold one value: their 5 voxels a side differ little."""
-    high = low = windows
+def _blank(windows: Tensor, floor: Tensor) -> Tensor:
+    """(B, *S) mask of the voxels of (B, C, *S) images that hold the lowest values (C,) of the whole image all around.
+
+    All around is 5 voxels a side. A bright or grey area without contrast is not blank.
+    """
+    high = windows
     for axis in range(2, windows.ndim):
         size = [1] * (windows.ndim - 2)
         size[axis - 2] = 5
         pool = F.max_pool2d if windows.ndim == 4 else F.max_pool3d
-        padding = [n // 2 for n in size]
-        high, low = pool(high, size, 1, padding), -pool(-low, size, 1, padding)
-    return (high - low).amax(1) < CONTRAST
+        high = pool(high, size, 1, [n // 2 for n in size])
+    return (high - floor.view(1, -1, *[1] * (windows.ndim - 2))).amax(1) < CONTRAST
 
 
 def predict(

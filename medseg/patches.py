@@ -26,16 +26,32 @@ FOREGROUND_SHARE = 0.5  # of the patches of a batch are placed on a structure
 
 @dataclass(frozen=True)
 class PreparedCase:
-    """One case on the planned grid, memory-mapped: image (C, I, J, K) float32, label (I, J, K) int16 class indices.
+    """One case on the planned grid, on disk.
 
-    ``places`` maps each class that is present to (n, 3) indices of some of its voxels.
+    ``places`` maps each class that is present to (n, 3) indices of some of its voxels. Files are opened memory-mapped at
+    each look, so that a set of any size needs neither memory nor open files, and a patch reads little more than itself.
     """
 
     id: str
     geometry: Geometry
-    image: np.ndarray
-    label: np.ndarray
+    image_path: Path
+    label_path: Path
     places: dict[int, np.ndarray]
+
+    @property
+    def image(self) -> np.ndarray:
+        """(C, I, J, K) float32."""
+        return _mapped(self.image_path)
+
+    @property
+    def label(self) -> np.ndarray:
+        """(I, J, K) int16 class indices."""
+        return _mapped(self.label_path)
+
+
+def _mapped(path: Path) -> np.ndarray:
+    array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    return array
 
 
 def prepare(
@@ -66,8 +82,8 @@ def prepare(
             for path, array in zip(paths, arrays, strict=True):
                 with atomic_path(path, force=True) as temporary, temporary.open("wb") as file:
                     np.save(file, array, allow_pickle=False)
-        affine, label, image = (np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
-        return PreparedCase(case.id, Geometry(label.shape, np.array(affine)), image, label, _places(label))
+        label, affine = _mapped(paths[1]), np.load(paths[0], allow_pickle=False)
+        return PreparedCase(case.id, Geometry(label.shape, affine), paths[2], paths[1], _places(label))
 
     prepared = []
     with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -117,7 +133,8 @@ def draw_batch(
 def _draw_patch(
     case: PreparedCase, plan: Plan, foreground: bool, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    shape = np.asarray(case.label.shape)
+    whole_image, whole_label = case.image, case.label
+    shape = np.asarray(whole_label.shape)
     patch = np.asarray((*plan.patch, 1) if plan.dims == 2 else plan.patch)
     low, high = np.minimum(0, shape - patch), np.maximum(0, shape - patch)  # a smaller image lies anywhere in the patch
     if foreground and case.places:
@@ -128,7 +145,7 @@ def _draw_patch(
     inside_start, inside_stop = np.maximum(start, 0), np.minimum(start + patch, shape)
     window = tuple(slice(a, b) for a, b in zip(inside_start, inside_stop, strict=True))
     padding = [(int(a - s), int(s + p - b)) for s, a, b, p in zip(start, inside_start, inside_stop, patch, strict=True)]
-    image, label = np.asarray(case.image[(slice(None), *window)]), np.asarray(case.label[window])
+    image, label = np.array(whole_image[(slice(None), *window)]), np.array(whole_label[window])
     if any(max(p) for p in padding):
         image = np.pad(image, [(0, 0), *padding], mode="edge")
         label = np.pad(label, padding, constant_values=IGNORE)

@@ -7,24 +7,21 @@ doi:10.1038/s41592-020-01008-z) where they are about the data, and fit patch, ba
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, Self
 
 import numpy as np
-import torch
+from pydantic import model_validator
 
 from medseg.config import Record
 from medseg.data import Case, Dataset
-from medseg.io import read_channels, read_labels
+from medseg.fingerprint import CaseFingerprint, fingerprint
 from medseg.models import MODELS
-from medseg.volume import Structure, default_color, present_labels
+from medseg.volume import Structure, default_color
 
-__all__ = ["CaseFingerprint", "ChannelPlan", "Plan", "StructurePlan", "fingerprint", "make_plan"]
+__all__ = ["ChannelPlan", "Plan", "StructurePlan", "make_plan"]
 
 FORMAT = 1  # of plan and run folder; a run of another format is refused
-SAMPLES = 20_000  # foreground voxels looked at per case and channel
 MIN_EDGE = 4  # no axis is pooled below this many voxels
 CPU_BATCH_VOXELS = 360_000  # about half a second a step on two cores at 16 to 128 features
 GPU_BATCH_VOXELS = 4_000_000
@@ -81,6 +78,27 @@ class Plan(Record):
     mirror: tuple[int, ...]
     reasons: Mapping[str, str] = {}
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.format != FORMAT:
+            raise ValueError(f"format of a plan must be {FORMAT}, got {self.format}; plan anew")
+        if self.model not in MODELS or MODELS[self.model].dims != self.dims:
+            raise ValueError(f"model must be one of {', '.join(MODELS)} and fit dims, got {self.model} and {self.dims}")
+        for name in ("patch", *("strides",) * bool(self.strides), "kernels"):
+            rows = getattr(self, name) if name != "patch" else (self.patch,)
+            if any(len(row) != self.dims or min(row) < 1 for row in rows):
+                raise ValueError(f"{name} must be {self.dims} positive numbers each, got {getattr(self, name)}")
+        if len(self.features) != len(self.strides) + 1 or len(self.kernels) != len(self.features):
+            raise ValueError("features must be one more than strides and as many as kernels, got other numbers")
+        if min(self.batch, *self.features) < 1 or any(s is not None and not s > 0 for s in self.spacing):
+            raise ValueError("batch, features and spacing must be positive, got a value that is not")
+        if any(not 0 <= a < self.dims for a in self.mirror):
+            raise ValueError(f"mirror must name axes below {self.dims}, got {self.mirror}")
+        numbers = [s.number for s in self.structures]
+        if not numbers or len(set(numbers)) < len(numbers) or min(numbers) < 1:
+            raise ValueError(f"structures must have distinct numbers of at least 1, got {numbers}")
+        return self
+
     def summary(self) -> dict[str, str]:
         """Each entry in words, in the order of the plan."""
         by = " x "
@@ -102,68 +120,6 @@ class Plan(Record):
     def as_structures(self) -> tuple[Structure, ...]:
         """The structures of predicted label maps."""
         return tuple(Structure(s.number, s.name, s.color) for s in self.structures)
-
-
-@dataclass(frozen=True)
-class CaseFingerprint:
-    """What planning needs to know of one case; shape and spacing along R, A, S where ``picture`` is False."""
-
-    id: str
-    picture: bool
-    shape: tuple[int, int, int]
-    spacing: tuple[float, float, float]
-    modality: str
-    integers: bool
-    samples: np.ndarray  # (C, n) intensities of foreground voxels, of any voxels where there is no foreground
-    lowest: float
-    blank: float  # share of the voxels of the first channel that hold its lowest value
-    blank_inside: float  # the same share of the foreground
-    names: Mapping[int, str]
-    counts: Mapping[int, int]  # voxels per label
-
-
-def _look(case: Case) -> CaseFingerprint:
-    image = read_channels(case.images)
-    picture = image.geometry.shape[2] == 1
-    native = np.asarray(image.array)
-    counts: dict[int, int] = {}
-    names: dict[int, str] = {}
-    mask = None
-    if case.label is not None:
-        labels = read_labels(case.label).exclusive()
-        image.geometry.require_close(labels.geometry, f"label map and image of case {case.id}")
-        names = {n: name for n, name in labels.names.items() if name != f"label {n}"}
-        counts = {n: int(np.count_nonzero(labels.array == n)) for n in present_labels(labels.array)}
-        mask = np.asarray(labels.array) > 0
-    if mask is None or not mask.any():
-        mask = np.ones(image.geometry.shape, bool)
-    index = np.flatnonzero(mask)
-    index = np.random.default_rng(0).choice(index, min(len(index), SAMPLES), replace=False)
-    samples = np.stack([channel.reshape(-1)[index] for channel in native]).astype(np.float32)
-    if not np.isfinite(samples).all():
-        raise ValueError(f"voxels must be finite, got NaN or Inf in case {case.id}; run medseg check")
-    geometry = image.geometry if picture else image.geometry.reoriented("RAS")
-    integers = bool(np.issubdtype(native.dtype, np.integer))
-    lowest = float(native.min())
-    least = native[0].min()
-    blank, blank_inside = float(np.mean(native[0] == least)), float(np.mean(samples[0] == least))
-    return CaseFingerprint(
-        case.id, picture, geometry.shape, geometry.spacing, image.modality, integers, samples, lowest, blank,
-        blank_inside, names, counts,
-    )  # fmt: skip
-
-
-def fingerprint(
-    cases: Iterable[Case], *, workers: int = 2, progress: Callable[[int], None] | None = None
-) -> list[CaseFingerprint]:
-    """Look at every case once, in parallel; memory does not grow with the size of the set but by samples kept."""
-    found = []
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        for done, one in enumerate(pool.map(_look, cases), start=1):
-            found.append(one)
-            if progress:
-                progress(done)
-    return found
 
 
 def make_plan(
@@ -333,10 +289,28 @@ def _choose_patch(
 ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
     """Patch, strides and kernels: the median image if it fits the budget, else shrunk evenly in millimetres."""
     patch = np.asarray(shape, float)
-    while np.prod(patch) > budget:
-        relative = patch * np.asarray(spacing)
-        axis = int(np.argmax(np.where(patch > MIN_EDGE, relative, -1)))
+    while True:
+        final, strides, kernels = _poolings(patch, spacing)
+        if np.prod(final) <= budget or patch.max() <= MIN_EDGE:
+            break
+        axis = int(np.argmax(np.where(patch > MIN_EDGE, patch * np.asarray(spacing), -1)))
         patch[axis] = max(MIN_EDGE, np.floor(patch[axis] * 0.95))
+    whole = all(p >= s for p, s in zip(final, shape, strict=True))
+    median = " x ".join(map(str, shape))
+    reasons["patch"] = (
+        f"the median image ({median}), rounded up to what {len(strides)} poolings divide"
+        if whole
+        else f"as much of the median image ({median}) as {budget} voxels hold, even in mm"
+    )
+    reasons["strides"] = f"{len(strides)} poolings, until an edge would fall below {MIN_EDGE} voxels"
+    reasons["kernels"] = "3 along axes within a factor of 2 of the finest spacing, 1 across thicker slices"
+    return final, strides, kernels
+
+
+def _poolings(
+    patch: np.ndarray, spacing: Sequence[float]
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+    """Patch rounded up to what the poolings divide, strides and kernels."""
     size, step = np.ceil(patch).astype(int), np.asarray(spacing, float)
     strides: list[tuple[int, ...]] = []
     kernels: list[tuple[int, ...]] = []
@@ -352,14 +326,6 @@ def _choose_patch(
         kernels.append((3,) * len(patch))
     divisor = np.prod(np.asarray(strides, int).reshape(-1, len(patch)), axis=0)
     final = tuple(int(n) for n in -(-np.ceil(patch).astype(int) // divisor) * divisor)
-    whole = all(p >= s for p, s in zip(final, shape, strict=True))
-    reasons["patch"] = (
-        f"the median image ({' x '.join(map(str, shape))}), rounded up to what {len(strides)} poolings divide"
-        if whole
-        else f"as much of the median image ({' x '.join(map(str, shape))}) as {budget} voxels hold, even in mm"
-    )
-    reasons["strides"] = f"{len(strides)} poolings, until an edge would fall below {MIN_EDGE} voxels"
-    reasons["kernels"] = "3 along axes within a factor of 2 of the finest spacing, 1 across thicker slices"
     return final, tuple(strides), tuple(kernels)
 
 
@@ -412,8 +378,11 @@ def _choose_mirror(
         reasons["mirror"] = f"off: left and right differ ({sided[0]})"
         return ()
     axis = next(a for a, letter in enumerate(orientation) if letter in "RL")
+    if axis >= dims:
+        reasons["mirror"] = "off: left and right lie across the slices"
+        return ()
     reasons["mirror"] = "left to right only: bodies are nearly symmetric that way"
-    return (axis,) if axis < dims else ()
+    return (axis,)
 
 
 def _words(name: str) -> set[str]:
@@ -421,23 +390,3 @@ def _words(name: str) -> set[str]:
     words = set(spaced.split())
     short = {"l": "left", "r": "right", "lt": "left", "rt": "right"}
     return words | {short[w] for w in words if w in short}
-
-
-def pick_device(device: str) -> torch.device:
-    """The torch device of "auto", "cpu", "cuda" or "cuda:n"; "auto" is a GPU where there is one.
-
-    Raises
-    ------
-    ValueError
-        If the name is none of these, or the GPU is not there.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device != "cpu" and device.split(":")[0] != "cuda":
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:n, got {device!r}")
-    chosen = torch.device(device)
-    if chosen.type == "cuda" and not (torch.cuda.is_available() and (chosen.index or 0) < torch.cuda.device_count()):
-        raise ValueError(
-            f"device must be present, got {device} on a machine with {torch.cuda.device_count()} GPUs; use cpu"
-        )
-    return chosen

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -41,11 +41,12 @@ class Run:
     plan: Plan
 
     @classmethod
-    def create(cls, path: Path, config: TrainConfig, plan: Plan) -> Run:
-        """Make the folder (or write over config and plan of a fresh one) and return the run."""
+    def create(cls, path: Path, config: TrainConfig, plan: Plan, validation: Sequence[str]) -> Run:
+        """Make the folder, note which cases are for validation, and return the run."""
         path.mkdir(parents=True, exist_ok=True)
         config.save(path / "config.json", force=True)
         plan.save(path / "plan.json", force=True)
+        write_json(path / "validation.json", list(validation))
         write_json(path / "environment.json", environment())
         return cls(path, config, plan)
 
@@ -102,6 +103,15 @@ class Run:
         except (SafetensorError, RuntimeError) as problem:
             raise ValueError(f"weights must fit the plan, got in {path}: {str(problem)[:300]}") from problem
         return network.to(device).eval()
+
+    def validation_ids(self) -> list[str]:
+        """Ids of the validation cases."""
+        ids: list[str] = json.loads((self.path / "validation.json").read_text())
+        return ids
+
+    def has_checkpoint(self) -> bool:
+        """Whether there is something to resume from."""
+        return (self.path / CHECKPOINT).is_file()
 
     def evaluation(self) -> Evaluation:
         """The metrics of the validation cases.

@@ -10,7 +10,6 @@ import logging
 import math
 import shutil
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,13 +25,14 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from medseg.config import TrainConfig
-from medseg.data import Case, folds, load_dataset
+from medseg.data import Case, labelled_folds, load_dataset
+from medseg.device import pick_device
 from medseg.evaluation import Evaluation, score_case
 from medseg.inference import Predictor
 from medseg.io import read_channels, read_labels
 from medseg.losses import DeepSupervision, DiceBCELoss
 from medseg.patches import PreparedCase, draw_batch, prepare
-from medseg.plan import Plan, make_plan, pick_device
+from medseg.plan import Plan, make_plan
 from medseg.report import Block, picture_blocks, report_of_run
 from medseg.run import Run, write_json
 from medseg.transforms import Augmentation
@@ -71,47 +71,71 @@ def train(config: TrainConfig, plan: Plan | None = None) -> Run:
         After writing a checkpoint; the log says how to resume.
     """
     started = time.monotonic()
-    fabric_device = pick_device(config.device)
+    device = str(pick_device(config.device))
     dataset = load_dataset(config.dataset, group=config.group)
-    cases = [c for c in dataset.cases if c.label is not None]
-    training, validation = folds(cases, config.folds)[config.fold]
-    if config.resume:
-        run = Run.open(config.out)
-        _require_same(run.config, config)
+    parts = labelled_folds(dataset, config.folds)
+    training, validation = parts[config.fold]
+    begun = config.resume and (config.out / "plan.json").is_file()
+    if begun:
+        run = _resumed(config, plan, [c.id for c in validation])
+        config = run.config
     else:
-        if config.out.exists() and any(config.out.iterdir()):
-            if not config.force:
-                raise FileExistsError(
-                    f"run folder must be new, got {config.out}; use --resume, --force or another --out"
-                )
-            shutil.rmtree(config.out)
+        _require_fresh(config)
         with _bar("planning", len(training)) as update:
             plan = plan or (Plan.load(config.plan) if config.plan else None)
             plan = plan or make_plan(
-                dataset,
-                training,
-                model=config.model,
-                device=str(fabric_device),
-                workers=config.workers,
+                dataset, training, model=config.model, device=device, minutes=config.minutes, workers=config.workers,
                 progress=update,
-            )
-        run = Run.create(config.out, config, plan)
-    with _bar("preprocessing", len(cases)) as update:
-        prepared = prepare(
-            [*training, *validation], run.plan, run.path / "cache", workers=config.workers, progress=update
-        )
+            )  # fmt: skip
+        if config.out.exists():
+            shutil.rmtree(config.out)
+        run = Run.create(config.out, config, plan, [c.id for c in validation])
+    try:
+        with _bar("preprocessing", len(training) + len(validation)) as update:
+            cache = run.path / "cache"
+            prepared = prepare([*training, *validation], run.plan, cache, workers=config.workers, progress=update)
+    except KeyboardInterrupt:
+        log.warning("stopped while preprocessing; go on with the same command and --resume")
+        raise
     learner = Learner(run, config, prepared[: len(training)], validation, prepared[len(training) :], started)
     learner.fit()
     shutil.rmtree(run.path / "cache")
     return run
 
 
-def _require_same(old: TrainConfig, new: TrainConfig) -> None:
-    """A resumed run goes on with what it was started with; only length, device and place may change."""
-    free = {"epochs", "minutes", "device", "resume", "force", "workers", "out", "dataset", "plan", "precision", "model"}
-    for name in type(old).model_fields:
-        if name not in free and getattr(old, name) != getattr(new, name):
-            raise ValueError(f"{name} must stay {getattr(old, name)!r} in a resumed run, got {getattr(new, name)!r}")
+def _require_fresh(config: TrainConfig) -> None:
+    """The run folder must be new, or one that medseg made if ``force``: nothing else is ever deleted."""
+    out = config.out
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"run folder must be a folder, got the file {out}; use another --out")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not (out / "plan.json").is_file():
+        raise FileExistsError(f"run folder must be new or a former run, got {out} with other files; use another --out")
+    if not config.force:
+        raise FileExistsError(f"run folder must be new, got {out}; use --resume, --force or another --out")
+    if config.dataset.resolve().is_relative_to(out.resolve()):
+        raise FileExistsError(f"run folder must not hold the data set, got {out}; use another --out")
+
+
+def _resumed(config: TrainConfig, plan: Plan | None, validation: list[str]) -> Run:
+    """The run to go on with; only its length and what does not change its result may differ from before."""
+    run = Run.open(config.out)
+    free = {"epochs", "minutes", "device", "resume", "force", "workers", "out", "dataset", "precision"}
+    for name in type(config).model_fields:
+        old, new = getattr(run.config, name), getattr(config, name)
+        if name not in free and new != old and not (name in ("model", "plan") and new is None):
+            raise ValueError(f"{name} must stay {old!r} in a resumed run, got {new!r}")
+    if plan is not None and plan != run.plan:
+        raise ValueError(f"plan must stay that of {config.out} in a resumed run, got another")
+    if run.validation_ids() != validation:
+        raise ValueError(
+            f"validation cases must stay the same in a resumed run, got others from {config.dataset}; train anew"
+        )
+    if config.epochs is None and config.minutes is None:
+        config = config.model_copy(update={"epochs": run.config.epochs, "minutes": run.config.minutes})
+    config.save(run.path / "config.json", force=True)
+    return Run(run.path, config, run.plan)
 
 
 @dataclass
@@ -138,7 +162,8 @@ class Learner:
         auto = config.precision == "auto"
         precision: Any = _fastest_precision(network, plan, self.device) if auto else config.precision
         self.precision = str(precision)
-        self.fabric = Fabric(accelerator=self.device.type, devices=1, precision=precision)
+        devices: Any = [self.device.index or 0] if self.device.type == "cuda" else 1
+        self.fabric = Fabric(accelerator=self.device.type, devices=devices, precision=precision)
         optimizer = torch.optim.AdamW(
             network.parameters(),
             config.learning_rate,
@@ -154,7 +179,7 @@ class Learner:
         self.total_steps = None if config.minutes else (config.epochs or 100) * self.epoch_steps
         self.validation_s = 0.0
         self.next_validation = 0.1
-        if config.resume:
+        if config.resume and self.run.has_checkpoint():
             self._restore(*self.run.load_checkpoint())
 
     # -- time ---------------------------------------------------------------------------------------------------------
@@ -196,7 +221,7 @@ class Learner:
                 task = bar.add_task("training", total=1.0, left="")
                 ahead = threads.submit(self._draw, self.step)
                 losses: list[float] = []
-                while self.progress < 1:
+                while self.progress < 1 or not self.history:  # at least one step and one validation
                     images, labels = ahead.result()
                     ahead = threads.submit(self._draw, self.step + 1)
                     losses.append(self._train_step(images, labels))
@@ -256,7 +281,7 @@ class Learner:
             "epoch %.1f, %.1f min: loss %.3f, validation IoU %.3f, Dice %.3f",
             at["epoch"], at["minutes"], loss, iou, self.history[-1]["dice"],
         )  # fmt: skip
-        if iou >= self.best_iou:
+        if iou >= self.best_iou or not math.isfinite(self.best_iou):
             self.best_iou = iou
             self.run.save_weights(self.ema)
         self._checkpoint()
@@ -353,7 +378,7 @@ def _schedule(progress: float) -> float:
 
 def _mean(values: Iterable[float]) -> float:
     array = np.array(list(values), float)
-    return float(np.nanmean(array)) if np.isfinite(array).any() else 0.0
+    return float(np.nanmean(array)) if np.isfinite(array).any() else math.nan
 
 
 def _memory_format(dims: int) -> torch.memory_format:
@@ -380,6 +405,6 @@ def _fastest_precision(network: nn.Module, plan: Plan, device: torch.device) -> 
 @contextmanager
 def _bar(what: str, total: int) -> Iterator[Any]:
     """A progress bar on stderr; gives the function that sets it."""
-    with warnings.catch_warnings(), Progress(console=Console(stderr=True), transient=True) as bar:
+    with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.update(task, completed=done)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from medseg.io import read_channels, read_labels
 from medseg.plan import ChannelPlan, Plan
 from medseg.resample import resample_to, straighten
-from medseg.volume import Geometry, LabelMap, Volume
+from medseg.volume import Geometry, LabelMap, Volume, present_labels
 
 __all__ = ["Augmentation", "normalise", "planned_geometry", "preprocessing"]
 
@@ -43,7 +43,7 @@ def planned_geometry(native: Geometry, plan: Plan) -> Geometry:
     return grid if close else grid.with_spacing(target)
 
 
-def normalise(array: np.ndarray, channels: Sequence[ChannelPlan]) -> np.ndarray:
+def normalise(array: np.ndarray, channels: Sequence[ChannelPlan], case: str = "the image") -> np.ndarray:
     """Normalise the channels of an image (C, I, J, K) as planned; float32.
 
     Raises
@@ -52,18 +52,21 @@ def normalise(array: np.ndarray, channels: Sequence[ChannelPlan]) -> np.ndarray:
         If the number of channels is not the planned one, or a voxel is NaN or infinite.
     """
     if len(array) != len(channels):
-        raise ValueError(f"image must have {len(channels)} channels as planned, got {len(array)}")
+        raise ValueError(f"image must have {len(channels)} channels as planned, got {len(array)} in {case}")
     out = np.empty(array.shape, np.float32)
     for values, plan, target in zip(array, channels, out, strict=True):
         target[...] = values
         if not np.isfinite(target).all():
-            raise ValueError(f"voxels of channel {plan.name} must be finite, got NaN or Inf; run medseg check")
+            raise ValueError(
+                f"voxels must be finite, got NaN or Inf in channel {plan.name} of {case}; run medseg check"
+            )
         low, high, mean, std = plan.low, plan.high, plan.mean, plan.std
         if plan.scheme == "zscore":
             body = target[target > target.min()] if plan.masked else target.reshape(-1)
             body = body if body.size else target.reshape(-1)
             step = max(1, body.size // 500_000)  # a sample gives the percentiles to a thousandth of the range
             low, high = (float(v) for v in np.percentile(body[::step], (0.5, 99.5)))
+            low = float(target.min()) if plan.masked else low  # what is blank stays apart from what is dark
             inside = np.clip(body, low, high)
             mean, std = float(inside.mean(dtype=np.float64)), float(inside.std(dtype=np.float64))
         if plan.scheme != "color" and high > low:
@@ -112,7 +115,8 @@ class Normalised(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         image = data["image"]
-        return {**data, "image": Volume(normalise(image.array, self.channels), image.geometry, image.meta)}
+        case = str(data.get("case") or image.meta.get("path") or "the image")
+        return {**data, "image": Volume(normalise(image.array, self.channels, case), image.geometry, image.meta)}
 
 
 class PlannedGridd(MapTransform):
@@ -127,9 +131,17 @@ class PlannedGridd(MapTransform):
         out = dict(data)
         image, label = out["image"], out.get("label")
         grid = planned_geometry(image.geometry, self.plan)
-        moved = resample_to(image, grid, "cubic")
-        out["image"], out["geometry"] = _to_meta(moved.array, grid), grid
+        moved = np.array(resample_to(image, grid, "cubic").array, np.float32)
+        for channel, native in zip(moved, image.array, strict=True):  # a spline overshoots at edges: no new extremes
+            np.clip(channel, native.min(), native.max(), out=channel)
+        out["image"], out["geometry"] = _to_meta(moved, grid), grid
         if label is not None:
+            unknown = [n for n in present_labels(label.array) if n and n not in self.classes]
+            if unknown:
+                raise ValueError(
+                    f"labels must be in the plan ({', '.join(map(str, self.classes))}), got {unknown[0]} in case "
+                    f"{out.get('case', '?')}; run medseg check, or plan anew"
+                )
             numbers = np.asarray(resample_to(label, grid).array)
             classes = np.zeros(numbers.shape, np.int16)
             for number, index in self.classes.items():

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 
 import medseg
 from medseg.config import TrainConfig
-from medseg.plan import Plan, pick_device
+from medseg.device import pick_device
+from medseg.plan import Plan
 from medseg.volume import Geometry, LabelMap, Structure, Volume
 
 
@@ -154,7 +156,7 @@ class TestRecords:
 
     def test_unknown_keys_are_refused_by_name(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text('{"dataset": "a", "out": "b", "learning": 1}')
-        with pytest.raises(ValueError, match=r"learning in .*config\.json must be valid"):
+        with pytest.raises(ValueError, match=r"learning must be valid: .* in .*config\.json"):
             TrainConfig.load(tmp_path / "config.json")
 
     def test_broken_json_is_named(self, tmp_path: Path) -> None:
@@ -162,14 +164,41 @@ class TestRecords:
         with pytest.raises(ValueError, match=r"plan\.json must hold JSON"):
             Plan.load(tmp_path / "plan.json")
 
-    def test_two_limits_are_refused(self) -> None:
-        with pytest.raises(ValueError, match="epochs and minutes must not both be given"):
-            TrainConfig(dataset="a", out="b", epochs=3, minutes=2)
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"epochs": 3, "minutes": 2}, "epochs and minutes must not both be given"),
+            ({"fold": 7}, "fold must be below the number of folds 5, got 7"),
+            ({"epochs": 0}, "epochs must be valid: Input should be greater than or equal to 1, got 0"),
+            ({"seed": -1}, "seed must be valid"),
+        ],
+    )
+    def test_impossible_configurations_are_one_line(self, values: dict, message: str) -> None:
+        with pytest.raises(ValueError, match=message) as caught:
+            TrainConfig.make(dataset="a", out="b", **values)
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"format": 99}, "format of a plan must be 1, got 99"),
+            ({"batch": 0}, "batch, features and spacing must be positive"),
+            ({"patch": (8, 8)}, "patch must be 3 positive numbers"),
+            ({"mirror": (5,)}, r"mirror must name axes below 3, got \(5,\)"),
+            ({"dims": 2}, "model must be one of .* and fit dims"),
+            ({"features": (8,)}, "features must be one more than strides"),
+        ],
+    )
+    def test_plans_that_cannot_be_are_refused(self, changes: dict, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            Plan.make(**{**tiny.plan().model_dump(), **changes})
 
 
 def test_devices() -> None:
     assert pick_device("cpu").type == "cpu"
     with pytest.raises(ValueError, match="device must be auto, cpu, cuda or cuda:n, got 'gpu'"):
         pick_device("gpu")
+    with pytest.raises(ValueError, match="got 'cuda:x'"):
+        pick_device("cuda:x")
     with pytest.raises(ValueError, match="device must be present, got cuda:99"):
         pick_device("cuda:99")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import medseg
 from medseg import training
 from medseg.config import TrainConfig
+from medseg.inference import _blank
 from medseg.run import Run
 
 
@@ -139,10 +140,59 @@ def test_crf_is_chosen_by_validation_and_kept_with_the_run(run: Run) -> None:
     assert f"{choice.cases} validation cases" in choice.reason
 
 
+def test_stopped_before_the_first_step_resumes(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING), pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "prepare", stopped)
+        medseg.train(config(dataset, tmp_path / "run", epochs=1), tiny.plan())
+    assert "stopped while preprocessing; go on with the same command and --resume" in caplog.text
+    run = medseg.train(config(dataset, tmp_path / "run", epochs=1, resume=True))
+    assert run.evaluation().rows
+
+
+def test_no_time_at_all_still_gives_one_step_and_weights(dataset: Path, tmp_path: Path) -> None:
+    run = medseg.train(config(dataset, tmp_path / "run", epochs=None, minutes=1e-4), tiny.plan())
+    assert (run.path / "weights.safetensors").is_file()
+
+
+def test_blank_surroundings_are_background_but_bright_plateaus_are_not() -> None:
+    """A saturated lesion has as little contrast as the air; only what holds the image's lowest value is blank."""
+    image = torch.full((1, 1, 20, 18, 16), -2.0)
+    image[0, 0, 10:, :, :] = torch.linspace(-1, 1, 16)
+    image[0, 0, 13:, 4:12, 4:12] = 3.0  # a plateau
+    blank = _blank(image, torch.tensor([-2.0]))[0]
+    assert blank[:8].all()
+    assert not blank[8:].any()
+
+
 class TestBadInput:
     def test_a_run_is_not_overwritten(self, run: Run, dataset: Path) -> None:
         with pytest.raises(FileExistsError, match="use --resume, --force or another --out"):
             medseg.train(config(dataset, run.path), tiny.plan())
+
+    def test_force_deletes_nothing_but_a_former_run(self, dataset: Path, tmp_path: Path) -> None:
+        (tmp_path / "thesis.txt").write_text("years")
+        with pytest.raises(FileExistsError, match="must be new or a former run, got .* with other files"):
+            medseg.train(config(dataset, tmp_path, force=True), tiny.plan())
+        assert (tmp_path / "thesis.txt").read_text() == "years"
+        (tmp_path / "plan.json").write_text("{}")
+        tiny.write_dataset(tmp_path / "set")
+        with pytest.raises(FileExistsError, match="must not hold the data set"):
+            medseg.train(config(tmp_path / "set", tmp_path, force=True), tiny.plan())
+        (tmp_path / "file").write_text("")
+        with pytest.raises(FileExistsError, match="run folder must be a folder, got the file"):
+            medseg.train(config(dataset, tmp_path / "file"), tiny.plan())
+        assert (tmp_path / "thesis.txt").exists()
+
+    def test_label_outside_the_plan(self, dataset: Path, tmp_path: Path) -> None:
+        plan = tiny.plan()
+        plan = plan.model_copy(update={"structures": plan.structures[:1]})
+        with pytest.raises(ValueError, match=r"labels must be in the plan \(2\), got 5 in case case"):
+            medseg.train(config(dataset, tmp_path / "run"), plan)
 
     def test_no_run(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"run must be a folder that medseg train made"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import cast
 
 import nibabel as nib
 import numpy as np
@@ -99,6 +101,12 @@ class TestPreprocessing:
         outside = out["image"][0].numpy()[out["label"].numpy() == 0]
         assert np.median(inside) > np.percentile(outside, 95)
 
+    def test_label_that_is_not_in_the_plan_is_refused(self) -> None:
+        geometry = Geometry((4, 5, 6), np.diag([1.0, 1.5, 2, 1]))
+        labels = LabelMap(np.full(geometry.shape, 9, np.uint8), geometry)
+        with pytest.raises(ValueError, match=r"labels must be in the plan \(7\), got 9 in case x"):
+            preprocessing(make_plan())({"case": "x", "image": Volume(np.ones((4, 5, 6)), geometry), "label": labels})
+
     def test_label_on_another_grid_is_refused(self) -> None:
         geometry = Geometry((4, 5, 6), np.diag([1.0, 2, 3, 1]))
         moved = Geometry((4, 5, 6), np.diag([1.0, 2, 3.1, 1]))
@@ -132,7 +140,7 @@ class TestNormalise:
     def test_wrong_channels_and_nan_are_refused(self) -> None:
         with pytest.raises(ValueError, match="image must have 1 channels as planned, got 2"):
             normalise(np.ones((2, 2, 3, 4)), [ChannelPlan(name="m", scheme="zscore")])
-        with pytest.raises(ValueError, match="voxels of channel m must be finite"):
+        with pytest.raises(ValueError, match="voxels must be finite, got NaN or Inf in channel m"):
             normalise(np.full((1, 2, 3, 4), np.nan), [ChannelPlan(name="m", scheme="zscore")])
 
 
@@ -205,6 +213,19 @@ class TestAugmentation:
         assert matrix[0, 0] == pytest.approx(math.cos(0.5))
 
 
+@dataclass(frozen=True)
+class InMemory:
+    """A prepared case whose voxels need no files."""
+
+    image: np.ndarray
+    label: np.ndarray
+    places: dict[int, np.ndarray]
+
+
+def prepared(image: np.ndarray, label: np.ndarray, places: dict[int, np.ndarray]) -> PreparedCase:
+    return cast(PreparedCase, InMemory(image, label, places))
+
+
 class TestPatches:
     @settings(deadline=None, max_examples=30)
     @given(shape=st.tuples(st.integers(3, 14), st.integers(3, 9), st.integers(2, 9)), seed=st.integers(0, 99))
@@ -212,7 +233,7 @@ class TestPatches:
         voxels = np.arange(np.prod(shape), dtype=np.float32).reshape(1, *shape) + 1
         label = (voxels[0] % 5 == 0).astype(np.int16)
         places = {1: np.argwhere(label == 1)} if label.any() else {}
-        case = PreparedCase("x", Geometry(shape, np.eye(4)), voxels, label, places)
+        case = prepared(voxels, label, places)
         images, labels = draw_batch([case], make_plan(), 4, seed, step=1)
         assert images.shape == (4, 1, 8, 6, 4)
         for image, target in zip(images[:, 0].numpy(), labels.numpy(), strict=True):
@@ -226,9 +247,7 @@ class TestPatches:
     def test_forced_patches_hold_the_structure_anywhere_inside(self) -> None:
         label = np.zeros((40, 30, 20), np.int16)
         label[33, 4, 15] = 1
-        case = PreparedCase(
-            "x", Geometry(label.shape, np.eye(4)), label[None].astype(np.float32), label, {1: np.argwhere(label)}
-        )
+        case = prepared(label[None].astype(np.float32), label, {1: np.argwhere(label)})
         seen = set()
         for step in range(200):
             _, labels = draw_batch([case], make_plan(), 2, 0, step)
@@ -239,7 +258,7 @@ class TestPatches:
     def test_a_step_draws_the_same_patches_whenever_it_is_drawn(self) -> None:
         generator = np.random.default_rng(0)
         array = generator.normal(size=(1, 20, 18, 16)).astype(np.float32)
-        case = PreparedCase("x", Geometry((20, 18, 16), np.eye(4)), array, np.zeros((20, 18, 16), np.int16), {})
+        case = prepared(array, np.zeros((20, 18, 16), np.int16), {})
         first, again = (draw_batch([case], make_plan(), 3, 7, 5)[0] for _ in range(2))
         other = draw_batch([case], make_plan(), 3, 7, 6)[0]
         assert torch.equal(first, again)
@@ -247,7 +266,7 @@ class TestPatches:
 
     def test_slices_for_2d_networks(self) -> None:
         array = np.arange(10 * 9 * 5, dtype=np.float32).reshape(1, 10, 9, 5)
-        case = PreparedCase("x", Geometry((10, 9, 5), np.eye(4)), array, np.zeros((10, 9, 5), np.int16), {})
+        case = prepared(array, np.zeros((10, 9, 5), np.int16), {})
         images, labels = draw_batch([case], make_plan(dims=2), 3, 0, 0)
         assert images.shape == (3, 1, 8, 6)
         assert labels.shape == (3, 8, 6)
