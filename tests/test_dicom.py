@@ -229,6 +229,25 @@ def test_time_points_are_told_apart_by_each_attribute(tmp_path: Path, keyword: s
         assert all(np.array_equal(values(found[f"3_made_up_t{t + 1}"], k), arrays[t][k]) for k in range(4))
 
 
+def test_phases_are_in_order_of_their_trigger_time_not_of_acquisition(tmp_path: Path) -> None:
+    for t, trigger in enumerate((0.0, 90.0, 800.0)):
+        series(
+            tmp_path, stack_positions(3), prefix=f"t{t}", seed=t, TriggerTime=trigger, AcquisitionTime=f"{100900 - t}"
+        )
+    found = good(volumes(tmp_path))
+    assert [int(values(found[f"3_made_up_t{t + 1}"], 0)[0, 0]) for t in range(3)] == [
+        int(pixels(0, seed=t)[0, 0]) for t in range(3)
+    ]
+
+
+def test_kinds_of_image_at_one_position_are_named_by_their_type(tmp_path: Path) -> None:
+    for t, kind in enumerate(("TRACEW", "ADC")):
+        series(
+            tmp_path, stack_positions(3), prefix=f"t{t}", seed=t, ImageType=["DERIVED", "PRIMARY", "DIFFUSION", kind]
+        )
+    assert sorted(good(volumes(tmp_path))) == ["3_made_up_adc", "3_made_up_tracew"]
+
+
 def test_time_points_known_by_order_alone(tmp_path: Path) -> None:
     arrays = []
     for t in range(3):

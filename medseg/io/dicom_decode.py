@@ -83,7 +83,9 @@ def decode_frame(frame: bytes, syntax: str, options: Mapping[str, Any], name: st
             asked: dict[str, Any] = {**options, "number_of_frames": 1, "decoding_plugin": PLUGINS.get(syntax, "")}
             array, _ = decoder.as_array(encapsulate([frame]), index=0, **asked)
     except DECODE_ERRORS as error:
-        reason = "no decoder for it is installed" if isinstance(error, NotImplementedError) else type(error).__name__
+        reason = (
+            "no decoder that can" if isinstance(error, NotImplementedError | RuntimeError) else type(error).__name__
+        )
         title = UID(syntax).name if UID(syntax).is_transfer_syntax else "an unknown transfer syntax"
         raise DicomError(f"frame must be readable as {title}, got {reason} in {name}") from error
     if array.shape[:2] != (rows, columns):

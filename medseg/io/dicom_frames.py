@@ -182,7 +182,9 @@ def moment_of(item: Item, *keywords: tuple[str, str]) -> str:
 def classic_frame(header: Header, shape: tuple[int, int]) -> Frame:
     item = header.item
     types = item.texts("ImageType")
-    component = component_of(types, item.text("ComplexImageComponent"), _ge_type(header))
+    component = component_of(
+        types, item.text("ComplexImageComponent"), _ge_type(header) if item.text("Modality") == "MR" else -1
+    )
     slope, intercept = rescale_of(item)
     if "DoseGridScaling" in item:
         slope, intercept = float(item.number("DoseGridScaling") or 1.0), 0.0

@@ -226,16 +226,26 @@ def _volumes(frames: list[Frame], same_pixels: SamePixels) -> list[Stack]:
     stacks = []
     for number, part in enumerate(parts, 1):
         stack = _stack(part, quirks)
-        if len(parts) > 1:
+        if by == "image type":
+            stack.parts["type"] = _own_types(part, parts)
+        elif len(parts) > 1:
             stack.time = number
             stack.facts.append(f"time point {number} of {len(parts)}, told apart by {by}")
             if len(part) < full:
                 stack.quirks.append(f"holds {len(part)} of {full} positions")
         stacks.append(stack)
-    if len(stacks) > 1:
+    if stacks[-1].time:
         for s in stacks:
             s.family = id(stacks[0])
     return stacks
+
+
+def _own_types(part: list[Frame], parts: list[list[Frame]]) -> str:
+    """The values of ImageType that these frames have and not all others."""
+    types: list[tuple[str, ...]] = [tuple(p[0].order["image type"]) for p in parts]  # type: ignore[arg-type]
+    common = set(types[0]).intersection(*types)
+    own = types[parts.index(part)]
+    return "_".join(str(t) for t in own if t not in common).lower()
 
 
 def _is_capture(frame: Frame) -> bool:
@@ -259,17 +269,17 @@ def _sorted(frames: Sequence[Frame]) -> list[Frame]:
     return [frames[k] for k in np.argsort(along, kind="stable")]
 
 
-def _rank(f: Frame) -> tuple[tuple[bool, Hashable], ...]:
-    known = [f.order.get(name) for name in RANKS]
-    return (*((v is not None and v != "", v or 0) for v in known), (True, f.instance))  # type: ignore[return-value]
-
-
-def _sortable(f: Frame) -> tuple[tuple[bool, str, float], ...]:
-    """A key that sorts frames in time whatever types their attributes have."""
+def _sortable(f: Frame, first: str = "") -> tuple[tuple[str, float], ...]:
+    """A key that sorts frames in time, by the attribute named ``first`` before all others."""
+    known = [f.order.get(name) for name in ((first, *RANKS) if first else RANKS)]
     return tuple(
-        (known, v if isinstance(v, str) else "", float(v) if isinstance(v, int | float) else 0.0)
-        for known, v in _rank(f)
+        (v if isinstance(v, str) else "", float(v) if isinstance(v, int | float) else -1e300)
+        for v in (*known, f.instance)
     )
+
+
+def _in_time(parts: list[list[Frame]], by: str) -> list[list[Frame]]:
+    return sorted(parts, key=lambda part: min(_sortable(f, by) for f in part))
 
 
 def _time_points(frames: list[Frame]) -> tuple[list[list[Frame]], str]:
@@ -284,7 +294,7 @@ def _time_points(frames: list[Frame]) -> tuple[list[list[Frame]], str]:
         parts = _partition(frames, lambda f, name=name: f.order.get(name))  # type: ignore[misc]
         seen = [Counter(of[id(f)] for f in part) for part in parts]
         if len(parts) > 1 and all(s.keys() == seen[0].keys() and len(set(s.values())) == 1 for s in seen):
-            finer = [_time_points(part) for part in sorted(parts, key=lambda p: min(map(_sortable, p)))]
+            finer = [_time_points(part) for part in _in_time(parts, name)]
             if all(by for _, by in finer):
                 inner = next((by for _, by in finer if by != "nothing needed"), "")
                 return [p for points, _ in finer for p in points], f"{name} and {inner}" if inner else name
@@ -300,7 +310,7 @@ def _time_points(frames: list[Frame]) -> tuple[list[list[Frame]], str]:
         parts = _partition(frames, lambda f, name=name: f.order.get(name))  # type: ignore[misc]
         single = all(max(Counter(of[id(f)] for f in p).values()) == 1 for p in parts)
         if len(parts) == max(repeats) and single and min(map(len, parts)) > 1:
-            return sorted(parts, key=lambda p: min(map(_sortable, p))), name
+            return _in_time(parts, name), name
     return [frames], ""
 
 
@@ -353,7 +363,7 @@ def _label(stacks: list[Stack]) -> None:
         echo, component = s.frames[0].split["echo"], str(s.frames[0].split["component"])
         if len(echoes) > 1 and echo is not None:
             s.parts["echo"] = f"e{echoes.index(echo) + 1}"
-        if component and (len(components) > 1 or component != "magnitude"):
+        if component and "type" not in s.parts and (len(components) > 1 or component != "magnitude"):
             s.parts["type"] = component
         if s.time:
             s.parts["time"] = f"t{s.time}"

@@ -124,7 +124,7 @@ def _name(stacks: list[Stack], show_patient: bool) -> None:
         description = safe_name(header.label("SeriesDescription")) or safe_name(header.item.text("Modality"))
         parts = [safe_name(header.label(k)) for k in ("PatientID", "PatientName")] if show_patient else []
         parts += [f"{int(number)}" if number is not None and abs(number) < 1e12 else "", description]
-        parts += [s.parts.get(k, "") for k in ("echo", "type", "plane")]
+        parts += [safe_name(s.parts.get(k, "")) for k in ("echo", "type", "plane")]
         parts += [f"t{s.time:0{width[s.family]}d}"] if s.time else []
         s.name = "_".join(p for p in parts if p) or "image"
     total = Counter(s.name for s in stacks)
