@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,7 +37,7 @@ def demo(out: Path = Path("medseg-demo"), *, device: Device = "auto", seed: int 
         out: folder for everything that is written
         device: where to compute
         seed: of weights and sampling
-        force: replace an existing folder
+        force: replace the folder of a former demo
     """
     result = medseg.demo.run_demo(out, device=device, seed=seed, force=force)
     print(result)
@@ -130,6 +132,7 @@ def plan(
     out: Path | None = None,
     model: str | None = None,
     fold: int | None = None,
+    folds: int = 5,
     group: str | None = None,
     device: Device = "auto",
     json: bool = False,
@@ -141,17 +144,23 @@ def plan(
         dataset: a folder with images/ and labels/, a Decathlon or nnU-Net folder, or a CSV
         out: write the plan as JSON, to be edited and given to train --plan
         model: a model of the table; by default 2D or 3D U-Net as the images are
-        fold: plan on the training cases of this fold of five alone
+        fold: plan on the training cases of this fold alone
+        folds: number of folds
         group: regular expression whose group 1 on the case id is the patient
         device: where it will be trained
         json: print JSON
         force: overwrite out
     """
     found = medseg.load_dataset(dataset, group=group)
-    cases = None if fold is None else medseg.data.folds(found.cases)[fold][0]
+    cases = None
+    if fold is not None:
+        parts = medseg.data.labelled_folds(found, folds)
+        if not 0 <= fold < folds:
+            raise ValueError(f"fold must be 0 to {folds - 1}, got {fold}")
+        cases = parts[fold][0]
     with _bar("planning") as progress:
         made = medseg.make_plan(
-            found, cases, model=model, device=str(medseg.plan.pick_device(device)), progress=progress
+            found, cases, model=model, device=str(medseg.device.pick_device(device)), progress=progress
         )
     if out:
         made.save(out, force=force)
@@ -207,7 +216,7 @@ def train(
         force: replace an existing run folder
         json: print the validation as JSON
     """
-    config = medseg.TrainConfig(
+    config = medseg.TrainConfig.make(
         dataset=dataset, out=out, model=model, fold=fold, folds=folds, epochs=epochs, minutes=minutes, batch=batch,
         learning_rate=learning_rate, group=group, plan=plan, precision=precision, workers=workers, device=device,
         seed=seed, resume=resume, force=force,
@@ -226,10 +235,13 @@ def predict(
     to: Annotated[str, arg(metavar="nifti,nrrd,seg,rtstruct")] = "nifti",
     probabilities: bool = False,
     crf: bool = False,
+    series: str | None = None,
     device: Device = "auto",
     force: bool = False,
-) -> None:
+) -> int:
     """Predict files, folders of files or DICOM series with a trained run.
+
+    Exit code 1 when an input could not be predicted; the others are.
 
     Args:
         run: run folder of a training
@@ -238,21 +250,26 @@ def predict(
         to: formats, separated by commas; seg and rtstruct need a DICOM series
         probabilities: write the probabilities too
         crf: refine slice by slice before the decision, as fitted on validation where the run says so
+        series: SeriesInstanceUID, number or name of the one series wanted of a DICOM folder
         device: where to compute
         force: overwrite outputs
     """
     opened = medseg.Run.open(run)
     parameters = medseg.crf_fit.crf_of_run(opened) if crf else None
     predictor = medseg.Predictor.load(opened, device)
-    images = medseg.batch.find_inputs(inputs, channels=len(opened.plan.channels))
+    images = medseg.batch.find_inputs(inputs, len(opened.plan.channels), series)
+    formats = tuple(name.strip() for name in to.split(","))
     with _bar("predicting") as progress:
-        written = medseg.batch.predict_files(
-            predictor, images, out, to=tuple(to.split(",")), probabilities=probabilities, crf=parameters, force=force,
+        done = medseg.batch.predict_files(
+            predictor, images, out, to=formats, probabilities=probabilities, crf=parameters, force=force,
             progress=progress,
         )  # fmt: skip
-    for files in written.values():
+    for files in done.written.values():
         for path in files:
             print(path)
+    for reason in done.failed.values():
+        _say(f"medseg: error: {reason}")
+    return 1 if done.failed else 0
 
 
 def refine(
@@ -268,7 +285,7 @@ def refine(
 
     Args:
         image: the image
-        probabilities: its probabilities, channel 0 the background
+        probabilities: its probabilities, channel 0 the background, as written by predict --probabilities
         out: label map to write
         preset: gentle (default), or the classic setting of pydensecrf, which often erases organs
         device: where to compute
@@ -276,7 +293,7 @@ def refine(
     """
     parameters = medseg.CRFParameters() if preset == "gentle" else medseg.CRFParameters.pydensecrf
     refined = medseg.refine(medseg.read(image), medseg.read(probabilities), parameters=parameters, device=device)
-    medseg.write(medseg.LabelMap(refined.array.argmax(0).astype("uint8"), refined.geometry), out, force=force)
+    medseg.write(medseg.batch.labels_of(refined), out, force=force)
     print(out)
 
 
@@ -327,9 +344,7 @@ def evaluate(
         medseg.report_evaluation.report_of_evaluation(
             out / "report.html", found, prediction, reference, image=image, other=other, resample=resample, force=force
         )
-    _show(found, json)
-    if other is not None and not json:
-        _show_comparison(medseg.statistics.compare(other, found))
+    _show(found, json, [] if other is None else medseg.statistics.compare(other, found))
     return 1 if found.failed else 0
 
 
@@ -349,19 +364,25 @@ def main() -> None:
     logging.getLogger("medseg").setLevel(logging.INFO)
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
-        code = tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="medseg", args=arguments, config=(FlagCreatePairsOff,),
-            description="Medical image segmentation, from a scan to contours. --debug shows tracebacks; --version.",
-        )  # fmt: skip
+        try:
+            code = tyro.extras.subcommand_cli_from_dict(
+                COMMANDS, prog="medseg", args=arguments, config=(FlagCreatePairsOff,),
+                description="Medical image segmentation, from a scan to contours. --debug shows tracebacks; --version.",
+            )  # fmt: skip
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe is caught
     except KeyboardInterrupt:
-        ERR.print("medseg: stopped")
+        _say("medseg: stopped")
         sys.exit(130)
+    except BrokenPipeError:  # whoever reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to be flushed goes there
+        sys.exit(1)
     except Exception as problem:  # noqa: BLE001  the one place where an error becomes a line
         if debug:
             traceback.print_exc()
         expected = isinstance(problem, ValueError | TypeError | OSError)
         kind = "" if expected else f"{type(problem).__name__}: "
-        ERR.print(f"medseg: error: {kind}{problem}", markup=False, highlight=False, soft_wrap=True)
+        _say(f"medseg: error: {kind}{problem}")
         sys.exit(1)
     sys.exit(code or 0)
 
@@ -369,7 +390,11 @@ def main() -> None:
 def _show_warning(message: Warning | str, category: type[Warning], *rest: Any) -> None:
     ours = issubclass(category, UserWarning) and not issubclass(category, DeprecationWarning)
     if ours:
-        ERR.print(f"warning: {message}", markup=False, highlight=False, soft_wrap=True)
+        _say(f"warning: {message}")
+
+
+def _say(line: str) -> None:
+    ERR.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print(table: Table) -> None:
@@ -381,10 +406,10 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=1))
 
 
-def _show(evaluation: Any, json: bool) -> None:
-    """Print an Evaluation as JSON, or its summary as a table."""
+def _show(evaluation: Any, json: bool, comparisons: Sequence[Any] = ()) -> None:
+    """Print an Evaluation, and how it compares with another, as JSON or as tables."""
     if json:
-        print(evaluation.to_json())
+        _print_evaluation(evaluation, comparisons)
         return
     table = Table("structure", "cases", "IoU", "Dice", "HD95 (mm)", "NSD")
     for row in evaluation.summary:
@@ -392,15 +417,22 @@ def _show(evaluation: Any, json: bool) -> None:
         table.add_row(row["structure"], str(row["n_defined"]), *cells)
     _print(table)
     for row in evaluation.failed:
-        ERR.print(f"{row['case']}: {row['error']}", markup=False, highlight=False)
+        _say(f"{row['case']}: {row['error']}")
+    if comparisons:
+        table = Table("structure", "pairs", "Dice of --compare", "Dice", "difference", "p (Wilcoxon, Holm)")
+        for c in comparisons:
+            change = f"{c.difference:+.3f} [{c.low:+.3f}, {c.high:+.3f}]"
+            table.add_row(c.structure, str(c.n), f"{c.first:.3f}", f"{c.second:.3f}", change, f"{c.p_holm:.3g}")
+        _print(table)
 
 
-def _show_comparison(comparisons: Any) -> None:
-    table = Table("structure", "pairs", "Dice of --compare", "Dice", "difference", "p (Wilcoxon, Holm)")
-    for c in comparisons:
-        change = f"{c.difference:+.3f} [{c.low:+.3f}, {c.high:+.3f}]"
-        table.add_row(c.structure, str(c.n), f"{c.first:.3f}", f"{c.second:.3f}", change, f"{c.p_holm:.3g}")
-    _print(table)
+def _print_evaluation(evaluation: Any, comparisons: Sequence[Any]) -> None:
+    """The JSON of an Evaluation, with the key "comparison" where there is one; NaN is null."""
+    if not comparisons:
+        print(evaluation.to_json())
+        return
+    rows = [{key: None if v != v else v for key, v in asdict(c).items()} for c in comparisons]
+    _print_json({**json.loads(evaluation.to_json()), "comparison": rows})
 
 
 METRICS = ("iou", "dice", "hd95_mm", "nsd")

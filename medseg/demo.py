@@ -9,7 +9,7 @@ together, not how accurate a model is on another patient.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import pairwise
 from os import PathLike
@@ -20,17 +20,18 @@ import numpy as np
 from medseg.config import TrainConfig
 from medseg.crf_fit import CRFChoice, fit_crf
 from medseg.data import load_dataset
+from medseg.device import pick_device
 from medseg.evaluation import Evaluation, evaluate
 from medseg.inference import Predictor
 from medseg.io import read, read_labels, write
 from medseg.io.dicom_write import write_series
 from medseg.io.files import atomic_folder, require_free
-from medseg.plan import make_plan, pick_device
+from medseg.plan import make_plan
 from medseg.report import report_of_prediction
-from medseg.resample import Value, crop
+from medseg.resample import Value, crop, reorient
 from medseg.run import Run
 from medseg.training import train
-from medseg.volume import Geometry, LabelMap, Structure, Volume
+from medseg.volume import LabelMap, Structure, Volume
 
 __all__ = ["Demo", "run_demo"]
 
@@ -39,6 +40,7 @@ MINUTES = 1.6  # of training, of under four in all on two cores
 SPACING = (1.5, 1.5, 1.5)  # mm of the network's grid: a third of the voxels; labels come out at the scan's 1 mm
 BLOCKS = 5  # of the hemisphere that is trained on, front to back; one of them is for validation
 STRUCTURES = (Structure(1, "grey matter"), Structure(2, "white matter"))
+MADE = ("metrics.json", "report.html", "scan", "run")  # by these a former demo is known
 FILES = "mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
 
 
@@ -80,16 +82,16 @@ def run_demo(out: str | PathLike[str], *, device: str = "auto", seed: int = 0, f
     seed : int
         Of weights, patches and augmentation.
     force : bool
-        Replace an existing folder.
+        Replace the folder of a former demo.
 
     Raises
     ------
     FileExistsError
-        If the folder exists and ``force`` is not set.
+        If the folder exists and ``force`` is not set, or holds anything but a former demo.
     FileNotFoundError
         If nilearn, which ships the images, is not installed.
     """
-    out = require_free(Path(out), force)
+    out = require_replaceable(Path(out), force)
     image, labels = template()
     with atomic_folder(out, force=force) as work:
         log.info("1/5  writing the scan as DICOM and reading it back")
@@ -115,7 +117,7 @@ def run_demo(out: str | PathLike[str], *, device: str = "auto", seed: int = 0, f
         log.info("4/5  predicting the right hemisphere from DICOM and writing NIfTI, DICOM-SEG and RTSTRUCT")
         predicted = predict_and_write(run, scan, choice, work, device)
         log.info("5/5  evaluating and reporting")
-        reference = LabelMap(align(truth, scan.geometry), scan.geometry, STRUCTURES)
+        reference = replace(reorient(truth, scan.geometry.orientation), geometry=scan.geometry)
         write(reference, work / "reference.nii.gz")
         evaluation = evaluate({"right hemisphere": predicted}, {"right hemisphere": reference})
         evaluation.write(work)
@@ -130,6 +132,22 @@ DISCLAIMER = (
     "The MNI152 template is symmetric, so the unseen right hemisphere is nearly the mirror image of the left one that was "
     "trained on. These figures show that the parts work together; they say nothing about accuracy on other patients."
 )
+
+
+def require_replaceable(out: Path, force: bool) -> Path:
+    """The folder, if it is new or, with ``force``, empty or a former demo: nothing else is ever deleted.
+
+    Raises
+    ------
+    FileExistsError
+        Otherwise.
+    """
+    require_free(out, force)
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"output must be a folder, got the file {out}; use another --out")
+    if out.exists() and any(out.iterdir()) and not all((out / name).exists() for name in MADE):
+        raise FileExistsError(f"output must be new or a former demo, got {out} with other files; use another --out")
+    return out
 
 
 def template() -> tuple[Volume, LabelMap]:
@@ -167,24 +185,16 @@ def compare(written: Volume, found: Volume) -> float:
 
     Raises
     ------
+    GeometryError
+        If corners lie more than 0.01 mm apart.
     ValueError
         If a voxel differs.
     """
-    distance = 0.0
-    for a, b in zip(sorted(written.geometry.corners.tolist()), sorted(found.geometry.corners.tolist()), strict=True):
-        distance = max(distance, float(np.linalg.norm(np.subtract(a, b))))
-    if not np.array_equal(align(written, found.geometry), found.array[0]):
+    again = reorient(found, written.geometry.orientation)
+    written.geometry.require_close(again.geometry, "the scan written and the one read back")
+    if not np.array_equal(again.array, written.array):
         raise ValueError("voxels read back from DICOM must equal those written, got others")
-    return distance
-
-
-def align(value: Volume | LabelMap, geometry: Geometry) -> np.ndarray:
-    """Voxels (I, J, K) of a value on a grid that differs from its own by flips and order of axes alone."""
-    array = value.array[0] if isinstance(value, Volume) else value.array
-    change = np.linalg.solve(value.geometry.affine, geometry.affine)[:3, :3].round().astype(int)
-    axes = np.abs(change).argmax(0)
-    flips = tuple(a for a in range(3) if change[axes[a], a] < 0)
-    return np.flip(np.transpose(array, axes), flips)
+    return written.geometry.corner_distance(again.geometry)
 
 
 def predict_and_write(run: Run, scan: Volume, choice: CRFChoice, folder: Path, device: str) -> LabelMap:

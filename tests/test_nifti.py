@@ -430,6 +430,19 @@ def test_foreign_and_broken_extensions_do_no_harm(tmp_path: Path) -> None:
         assert ours.names[119] == "label 119"
 
 
+def test_structures_of_probabilities(tmp_path: Path) -> None:
+    structures = (Structure(3, "liver", (1, 2, 3), type=Code("10200004", "SCT", "Liver")), Structure(300, "tumour"))
+    array = np.random.default_rng(0).dirichlet((1, 1, 1), SHAPE).transpose(3, 0, 1, 2).astype(np.float32)
+    write(Volume(array, oblique(), {"structures": structures}), tmp_path / "p.nii.gz")
+    ours = read(tmp_path / "p.nii.gz")
+    assert ours.meta["structures"] == structures
+    np.testing.assert_array_equal(np.moveaxis(nib.load(tmp_path / "p.nii.gz").get_fdata(), 3, 0), ours.array)
+    with pytest.raises(ValueError, match=r"got 2 channels for 2 structures in .*q.nii"):
+        write(Volume(array[:2], oblique(), {"structures": structures}), tmp_path / "q.nii")
+    write(LabelMap(np.ones(SHAPE, np.uint8), oblique(), structures), tmp_path / "labels.nii.gz")
+    assert "structures" not in read(tmp_path / "labels.nii.gz").meta  # one channel: labels, no probabilities
+
+
 def test_real_files_are_as_nibabel_reads_them(data_dir: Path) -> None:
     files = sorted((data_dir / "hippocampus" / "imagesTr").glob("*.nii.gz"))[:10]
     files += sorted((data_dir / "ms_lesions").rglob("*.nii.gz"))[:3] + sorted((data_dir / "sct_cord").rglob("*.nii.gz"))

@@ -197,7 +197,14 @@ def _labels_object(path: Path) -> tuple[Path, str]:
     return found[0]
 
 
-def write(value: Volume | LabelMap, path: PathLike, source: PathLike | None = None, *, force: bool = False) -> None:
+def write(
+    value: Volume | LabelMap,
+    path: PathLike,
+    source: PathLike | None = None,
+    *,
+    series: str | None = None,
+    force: bool = False,
+) -> None:
     """Write an image or a label map; the name decides the format.
 
     Parameters
@@ -209,6 +216,8 @@ def write(value: Volume | LabelMap, path: PathLike, source: PathLike | None = No
         series; for labels also ``*.rtstruct.dcm`` (RTSTRUCT) or any other ``*.dcm`` (DICOM-SEG).
     source : path, optional
         The DICOM series on which labels lie; required for SEG and RTSTRUCT, not used by other formats.
+    series : str, optional
+        Which one, where the source holds several; as in :func:`read`.
     force : bool
         Whether an existing file may be replaced.
 
@@ -230,9 +239,9 @@ def write(value: Volume | LabelMap, path: PathLike, source: PathLike | None = No
                 "(--like SERIES)"
             )
         if kind == "seg":
-            _module("dicom_seg_write").write_seg(value, path, _existing(source), force=force)
+            _module("dicom_seg_write").write_seg(value, path, _existing(source), series=series, force=force)
         else:
-            _module("rtstruct_write").write_rtstruct(value, path, _existing(source), force=force)
+            _module("rtstruct_write").write_rtstruct(value, path, _existing(source), series=series, force=force)
     elif isinstance(value, Volume) and (name.endswith((".dcm", "/", os.sep)) or not Path(path).suffix):
         _module("dicom_write").write_series(value, path, force=force)
     else:

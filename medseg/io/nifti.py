@@ -69,8 +69,9 @@ class _Layout:
 def read_volume(path: str | os.PathLike[str]) -> Volume:
     """Read an image: (C, I, J, K), of the file's type, or floating point where the header scales the values.
 
-    A fourth axis (time, channels), a vector (fifth axis) and RGB(A) voxels become channels. Cost: one pass; memory: the
-    array, twice that where the header scales integers.
+    A fourth axis (time, channels), a vector (fifth axis) and RGB(A) voxels become channels. Probabilities that medseg
+    wrote have ``meta["structures"]``: that of channel c >= 1 is number c - 1. Cost: one pass; memory: the array, twice
+    that where the header scales integers.
 
     Raises
     ------
@@ -81,7 +82,11 @@ def read_volume(path: str | os.PathLike[str]) -> Volume:
     """
     layout, array = _load(Path(path))
     _warn(layout, path)
-    return Volume(array, layout.geometry, _meta(layout, path))
+    meta = _meta(layout, path)
+    structures = structures_from_json(layout.extra.get("structures", {}))
+    if structures and len(array) == len(structures) + 1:
+        meta["structures"] = structures
+    return Volume(array, layout.geometry, meta)
 
 
 def read_label_map(path: str | os.PathLike[str]) -> LabelMap:
@@ -358,19 +363,27 @@ def _extension(header: Any, head: bytes, quirks: list[str]) -> dict[str, Any]:
 def write(value: Volume | LabelMap, path: Path, *, force: bool = False) -> None:
     """Write .nii or .nii.gz: the array's own type, millimetres, sform and (where the grid is straight) qform.
 
-    Names, colours and codes of structures, and the modality, go into a header extension; probabilities (float layers)
-    become channels. One slab of slices is held as bytes at a time.
+    Names, colours and codes of structures (of an image: ``meta["structures"]``, one per channel after the background), and
+    the modality, go into a header extension; probabilities (float layers) become channels. One slab of slices is held as
+    bytes at a time.
 
     Raises
     ------
     FileExistsError
         If the file exists and ``force`` is not set.
     ValueError
-        If structures overlap, or NIfTI has no such voxel type.
+        If structures overlap, those of an image do not fit its channels, or NIfTI has no such voxel type.
     """
     extra: dict[str, Any] = {"modality": value.meta["modality"]} if value.meta.get("modality") else {}
     if isinstance(value, Volume):
-        array = value.array
+        array, structures = value.array, value.meta.get("structures", ())
+        if structures:
+            if len(array) != len(structures) + 1:
+                raise ValueError(
+                    f"channels must be the background and one per structure in meta, got {len(array)} channels for "
+                    f"{len(structures)} structures in {path}; leave the structures out of meta"
+                )
+            extra["structures"] = structures_to_json(structures)
     else:
         extra["structures"] = structures_to_json(value.structures)
         if value.is_layered and value.array.dtype != bool:
