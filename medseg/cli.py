@@ -71,7 +71,7 @@ def convert(
     series: str | None = None,
     like: Path | None = None,
     labels: bool = False,
-    to: Literal["nifti", "nrrd", "seg", "rtstruct"] | None = None,
+    to: Literal["nifti", "nrrd", "dicom", "seg", "rtstruct"] | None = None,
     split: bool = False,
     four_d: Annotated[bool, arg(name="4d")] = False,
     resample: bool = False,
