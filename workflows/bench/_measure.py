@@ -64,8 +64,8 @@ def measure(run: Callable[..., Any], prepare: Callable[[], Any] | None = None, r
 
 
 def show(title: str, rows: Mapping[str, Measurement], ours: str) -> None:
-    """Print a table; the ratio is to the row named ``ours`` (above 1: slower than ours)."""
+    """Print a table; the ratio is that of CPU seconds to the row named ``ours`` (above 1: slower than ours)."""
     print(f"\n### {title}\n\n| way | seconds | CPU s | ratio | peak MB | note |\n| --- | --- | --- | --- | --- | --- |")
     for name, m in rows.items():
-        ratio = m.seconds / rows[ours].seconds
+        ratio = m.cpu_s / rows[ours].cpu_s
         print(f"| {name} | {m.seconds:.3f} | {m.cpu_s:.3f} | {ratio:.2f} | {m.peak_mb:.0f} | {m.note} |", flush=True)
