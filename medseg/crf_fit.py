@@ -121,5 +121,7 @@ def _validation(run: Run) -> list[Case]:
     cases = {c.id: c for c in load_dataset(run.config.dataset, group=run.config.group).cases}
     missing = [n for n in run.validation_ids() if n not in cases or cases[n].label is None]
     if missing:
-        raise ValueError(f"data set must hold the validation cases of the run, got no {missing[0]} in {run.config.dataset}")
+        raise ValueError(
+            f"data set must hold the validation cases of the run, got no {missing[0]} in {run.config.dataset}"
+        )
     return [cases[n] for n in run.validation_ids()]

@@ -176,7 +176,7 @@ class TestBadInput:
 
     def test_force_deletes_nothing_but_a_former_run(self, dataset: Path, tmp_path: Path) -> None:
         (tmp_path / "thesis.txt").write_text("years")
-        with pytest.raises(FileExistsError, match="must be new or a former run, got .* with other files"):
+        with pytest.raises(FileExistsError, match=r"must be new or a former run, got .* with other files"):
             medseg.train(config(dataset, tmp_path, force=True), tiny.plan())
         assert (tmp_path / "thesis.txt").read_text() == "years"
         (tmp_path / "plan.json").write_text("{}")
