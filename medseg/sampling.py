@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.linalg import solve_banded
+from torch.nn.functional import grid_sample
 
 __all__ = ["Block", "IndexMap", "Interpolation", "blocks", "coefficients"]
 
@@ -70,13 +71,22 @@ class IndexMap:
         self.is_separable = bool((drift < _ALIGNED).all())
         self._weights: dict[tuple[int, str], tuple[Array, Array, Array]] = {}
 
+    def terms(self, rows: Slices) -> list[list[Array]]:
+        """Source coordinates of a box of target voxels, in terms: ``[s][a]`` is what target axis a adds to axis s.
+
+        The terms of one source axis broadcast to the box, and their sum is the coordinate.
+        """
+        found = []
+        for s in range(3):
+            axes = [s] if self.is_separable else [0, 1, 2]
+            terms = [self.matrix[s, a] * _along(rows[a], a) for a in axes]
+            terms[0] = terms[0] + self.offset[s]
+            found.append(terms)
+        return found
+
     def coordinates(self, rows: Slices) -> list[Array]:
         """Source coordinates of a box of target voxels, one array an axis, that broadcast to the box."""
-        index = [np.arange(r.start, r.stop, dtype=np.float64) for r in rows]
-        grids = [index[a].reshape([-1 if b == a else 1 for b in range(3)]) for a in range(3)]
-        if self.is_separable:
-            return [self.matrix[a, a] * grids[a] + self.offset[a] for a in range(3)]
-        return [sum((self.matrix[s, a] * grids[a] for a in range(3)), self.offset[s]) for s in range(3)]
+        return [np.asarray(sum(terms[1:], terms[0])) for terms in self.terms(rows)]
 
     def inside(self, coordinates: list[Array]) -> Array | None:
         """Mask of the points at most half a voxel beyond the outer centres; None where all are."""
@@ -104,13 +114,20 @@ class IndexMap:
         With ``local`` no weights of zero are multiplied, so that NaN and infinity stay where they are. For "cubic"
         along a map that is not separable, the values must be :func:`coefficients`.
         """
-        x = self.coordinates(rows)
-        inside = self.inside(x)
-        if inside is not None and not inside.any():
+        terms = self.terms(rows)
+        low = [sum(float(t.min()) for t in axis) for axis in terms]
+        high = [sum(float(t.max()) for t in axis) for axis in terms]
+        if any(b < -_BORDER or a > n - 1 + _BORDER for a, b, n in zip(low, high, self.source, strict=True)):
             return None
+        inside = None
+        if any(a < -_BORDER or b > n - 1 + _BORDER for a, b, n in zip(low, high, self.source, strict=True)):
+            inside = self.inside(self.coordinates(rows))
+            if inside is not None and not inside.any():
+                return None
         if self.is_separable and not local:
             return self._products(rows, mode, device, inside)
-        return self._gather(x, mode, device, inside)
+        around = self._linear if mode == "linear" else self._cubic
+        return around(terms, low, high, device, inside)
 
     # -- separable: matrix products ---------------------------------------------------------------------------------
 
@@ -148,41 +165,75 @@ class IndexMap:
 
         return Block((columns[0], columns[1], columns[2]), inside, apply)
 
-    # -- any other map: gather the neighbours -----------------------------------------------------------------------
+    # -- any other map: the neighbours of each point ------------------------------------------------------------------
 
-    def _gather(self, x: list[Array], mode: str, device: torch.device, inside: Array | None) -> Block:
-        before, after = (0, 1) if mode == "linear" else (1, 2)
-        extend = _clamp if mode == "linear" else _mirror
-        starts, shape, columns, picks, fractions = [], [], [], [], []
-        for c, n in zip(x, self.source, strict=True):
-            clipped = np.clip(c, -0.5, n - 0.5)
-            whole = np.floor(clipped)
-            low, high = int(whole.min()) - before, int(whole.max()) + after + 1
-            pick = extend(np.arange(low, high), n)
+    def _linear(
+        self, terms: list[list[Array]], low: list[float], high: list[float], device: torch.device, inside: Array | None
+    ) -> Block:
+        """Eight neighbours, by torch; coordinates count from the block's corner, where float32 is fine enough."""
+        columns, parts = [], []
+        for axis, a, b, n in zip(terms, low, high, self.source, strict=True):
+            first = int(np.floor(np.clip(a, 0, n - 1)))
+            last = min(int(np.floor(np.clip(b, 0, n - 1))) + 1, n - 1)
+            columns.append(slice(first, last + 1))
+            scale = 2 / max(last - first, 1)  # torch counts from -1 to 1, outer centre to outer centre
+            shifted = [axis[0] - first, *axis[1:]]
+            parts.append([scale * shifted[0] - 1, *(scale * t for t in shifted[1:])])
+        grid = torch.stack(torch.broadcast_tensors(*(_sum(p, device) for p in reversed(parts))), -1)[None]
+
+        def apply(values: torch.Tensor) -> torch.Tensor:
+            return grid_sample(values[None, None], grid, padding_mode="border", align_corners=True)[0, 0]
+
+        return Block((columns[0], columns[1], columns[2]), inside, apply)
+
+    def _cubic(
+        self, terms: list[list[Array]], low: list[float], high: list[float], device: torch.device, inside: Array | None
+    ) -> Block:
+        """64 neighbours, mirrored beyond the edges."""
+        starts, taps, columns, picks, shape = [], [], [], [], []
+        for axis, a, b, n in zip(terms, low, high, self.source, strict=True):
+            first = int(np.floor(np.clip(a, -0.5, n - 0.5))) - 1
+            last = int(np.floor(np.clip(b, -0.5, n - 0.5))) + 2
+            pick = _mirror(np.arange(first, last + 1), n)
             columns.append(slice(int(pick.min()), int(pick.max()) + 1))
-            plain = low >= 0 and high <= n
-            picks.append(None if plain else torch.from_numpy(pick - pick.min()).to(device))
-            starts.append(torch.from_numpy((whole - low - before).astype(np.int64)).to(device))
-            fractions.append(torch.from_numpy((clipped - whole).astype(np.float32)).to(device))
-            shape.append(high - low)
+            picks.append(None if first >= 0 and last < n else torch.from_numpy(pick - pick.min()).to(device))
+            x = _sum([axis[0] - first, *axis[1:]], device).clamp(-0.5 - first, n - 0.5 - first)
+            whole = x.floor().clamp(1, last - first - 2)  # rounding must not leave the block
+            taps.append(_taps(x - whole, "cubic"))
+            starts.append(whole.to(torch.int32) - 1)
+            shape.append(last - first + 1)
         strides = (shape[1] * shape[2], shape[2], 1)
         base = starts[0] * strides[0] + starts[1] * strides[1] + starts[2]
-        taps = [_taps(f, mode) for f in fractions]
+        index = base.reshape(-1)
 
         def apply(values: torch.Tensor) -> torch.Tensor:
             for axis, pick in enumerate(picks):
                 if pick is not None:
                     values = values.index_select(axis, pick)
             flat = values.reshape(-1)
-            total: torch.Tensor | float = 0.0
+            total = torch.zeros(base.shape, device=device)
             for (p, wp), (q, wq) in product(enumerate(taps[0]), enumerate(taps[1])):
-                line: torch.Tensor | float = 0.0
+                line = torch.zeros(base.shape, device=device)
                 for r, wr in enumerate(taps[2]):
-                    line = line + wr * torch.take(flat, base + (p * strides[0] + q * strides[1] + r))
-                total = total + wp * wq * line
-            return total  # type: ignore[return-value]
+                    shifted = flat[p * strides[0] + q * strides[1] + r :]
+                    line.addcmul_(wr, shifted.index_select(0, index).view(base.shape))
+                total.addcmul_(wp * wq, line)
+            return total
 
         return Block((columns[0], columns[1], columns[2]), inside, apply)
+
+
+def _along(rows: slice, axis: int) -> Array:
+    """The indices of a slice, shaped to run along an axis of a box."""
+    return np.arange(rows.start, rows.stop, dtype=np.float64).reshape([-1 if a == axis else 1 for a in range(3)])
+
+
+def _sum(terms: list[Array], device: torch.device) -> torch.Tensor:
+    """The float32 sum of terms that broadcast."""
+    first, *others = (torch.from_numpy(np.asarray(t, np.float32)).to(device) for t in terms)
+    for term in others:
+        first = first + term
+    return first
 
 
 # ---------------------------------------------------------------------------------------------------------------------
