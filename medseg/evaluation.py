@@ -36,6 +36,8 @@ __all__ = [
 Source = LabelMap | str | os.PathLike[str]
 Sources = Source | Mapping[str, Source]
 
+MOST_WORKERS = 8  # cases scored at a time, one per processor; each holds its two label maps in memory
+
 
 @dataclass(frozen=True)
 class Surface:
@@ -56,7 +58,6 @@ def evaluate(
     labels_present: bool = False,
     resample: bool = False,
     common_only: bool = False,
-    workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Compare predictions with references, in mm, on the grid of the reference.
@@ -83,8 +84,6 @@ def evaluate(
         Put predictions on another grid onto that of the reference, instead of refusing them.
     common_only : bool
         Leave out cases that only one side has, instead of listing them as failed.
-    workers : int, optional
-        Cases worked on at a time; by default one per processor, 8 at most. Each holds its two label maps in memory.
     progress : callable, optional
         Called with the number of cases done and of all cases.
 
@@ -113,7 +112,7 @@ def evaluate(
 
     if _is_many(prediction) and _is_many(reference):
         pairs = _pairs(_sources(prediction, "prediction"), _sources(reference, "reference"), common_only)
-        rows = _score_all(pairs, score, workers, progress)
+        rows = _score_all(pairs, score, progress)
         _named_alike(rows)
         result = Evaluation(tuple(rows if labels_present else _completed(rows)))
     else:
@@ -332,7 +331,6 @@ def _pairs(
 def _score_all(
     pairs: Mapping[str, tuple[Source, Source] | str],
     score: Callable[[str, tuple[Source, Source]], list[Row]],
-    workers: int | None,
     progress: Callable[[int, int], None] | None,
 ) -> list[Row]:
     """Rows of all cases, in the order of the cases."""
@@ -347,7 +345,7 @@ def _score_all(
             return [_failure(case, str(error))]
 
     rows: dict[str, list[Row]] = {}
-    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(MOST_WORKERS, os.cpu_count() or 1)) as pool:
         waiting = {pool.submit(attempt, case): case for case in pairs}
         for done, future in enumerate(as_completed(waiting), 1):
             rows[waiting[future]] = future.result()

@@ -11,7 +11,7 @@ from conftest import geometries, rotation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medseg import metrics
+from medseg import evaluation, metrics
 from medseg.evaluation import Evaluation, Surface, evaluate, score_case
 from medseg.io import write
 from medseg.volume import Geometry, GeometryError, LabelMap, Structure
@@ -138,15 +138,16 @@ def folders(tmp_path):
     return tmp_path / "p", tmp_path / "r"
 
 
-def test_folders_files_mappings_and_threads_agree(folders):
+def test_folders_files_mappings_and_threads_agree(folders, monkeypatch):
     p, r = folders
     seen: list[tuple[int, int]] = []
-    whole = evaluate(p, r, workers=3, progress=lambda done, n: seen.append((done, n)))
+    whole = evaluate(p, r, progress=lambda done, n: seen.append((done, n)))
     assert seen == [(n, 5) for n in range(1, 6)]
     assert [row["case"] for row in whole.rows] == [f"case_{n}" for n in range(5) for _ in range(2)]
     single = evaluate(p / "case_3.nii.gz", str(r / "case_3.nii.gz"))
     assert single.rows == whole.rows[6:8]
-    mapped = evaluate({f"case_{n}": label_map(n) for n in range(5)}, r, workers=1)
+    monkeypatch.setattr(evaluation, "MOST_WORKERS", 1)
+    mapped = evaluate({f"case_{n}": label_map(n) for n in range(5)}, r)
     assert [row["iou"] for row in mapped.rows] == [row["iou"] for row in whole.rows]
     assert [row["iou"] for row in score_case("x", label_map(3), label_map(13))] == [row["iou"] for row in single.rows]
 

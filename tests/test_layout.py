@@ -114,7 +114,7 @@ def test_sizes(name: str) -> None:
             start = doc.end_lineno if doc is not None and doc.end_lineno else node.lineno
             assert (node.end_lineno or 0) - start <= 70, f"{name}.{node.name} is too long"
             count = len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)
-            assert count <= 12 or part(name) == "cli", f"{name}.{node.name} has {count} arguments"
+            assert count <= 10 or part(name) == "cli", f"{name}.{node.name} has {count} arguments"
 
 
 def test_public_names() -> None:
