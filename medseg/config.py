@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from medseg.io.files import atomic_path
 
-__all__ = ["Record", "TrainConfig"]
+__all__ = ["Record", "TrainConfig", "TrainOptions", "explained"]
 
 
 class Record(BaseModel):
@@ -30,12 +30,7 @@ class Record(BaseModel):
         try:
             return cls(**values)
         except ValidationError as problem:
-            first = problem.errors()[0]
-            where = ".".join(str(p) for p in first["loc"])
-            message = first["msg"].removeprefix("Value error, ")
-            raise ValueError(
-                f"{where} must be valid: {message}, got {first['input']!r}"[:400] if where else message
-            ) from problem
+            raise ValueError(explained(problem)) from problem
 
     def save(self, path: str | Path, *, force: bool = False) -> None:
         """Write as JSON, atomically; over what was there only with ``force``."""
@@ -68,29 +63,38 @@ class Record(BaseModel):
             raise ValueError(f"{problem} in {path}") from problem
 
 
-class TrainConfig(Record):
-    """What is trained, on what, for how long.
+def explained(problem: ValidationError) -> str:
+    """The first thing that is wrong, in one line that names the entry."""
+    first = problem.errors()[0]
+    where = ".".join(str(p) for p in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{where} must be valid: {message}, got {first['input']!r}"[:400] if where else message
 
-    Exactly one of ``epochs`` and ``minutes`` limits the training; with neither it runs 100 epochs.
+
+class TrainOptions(Record):
+    """How a training is done; the options of ``medseg train``.
+
+    At most one of ``epochs`` and ``minutes`` limits the training; with neither it runs 100 epochs.
     """
 
-    dataset: Path
-    out: Path
+    out: Path = Field(description="run folder")
     model: str | None = Field(None, description="a name of MODELS; as the images are when not given")
     fold: int = Field(0, ge=0, description="which fold is held out for validation")
     folds: int = Field(5, ge=2, description="number of folds")
     epochs: int | None = Field(None, ge=1, description="epochs; one epoch draws as many patches as there are cases")
     minutes: float | None = Field(None, gt=0, description="time for everything: reading, training, validation")
     batch: int | None = Field(None, ge=1, description="patches per step; the plan's when not given")
-    learning_rate: float = Field(2e-3, gt=0)
-    weight_decay: float = Field(1e-2, ge=0)
+    learning_rate: float = Field(2e-3, gt=0, description="at its highest")
+    weight_decay: float = Field(1e-2, ge=0, description="of AdamW, decoupled")
     group: str | None = Field(None, description="regular expression whose group 1 on the case id is the patient")
     plan: Path | None = Field(None, description="a plan.json to use instead of planning")
-    device: str = "auto"
-    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    device: str = Field("auto", description="where to compute: auto, cpu, cuda or cuda:n")
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = Field(
+        "auto", description="auto tries which is faster on a CPU"
+    )
     workers: int = Field(2, ge=0, description="threads that read and preprocess cases")
-    seed: int = Field(0, ge=0)
-    resume: bool = False
+    seed: int = Field(0, ge=0, description="of weights, patches and augmentation")
+    resume: bool = Field(False, description="go on from the last checkpoint")
     force: bool = Field(False, description="replace an existing run folder")
 
     @model_validator(mode="after")
@@ -100,3 +104,9 @@ class TrainConfig(Record):
         if self.fold >= self.folds:
             raise ValueError(f"fold must be below the number of folds {self.folds}, got {self.fold}")
         return self
+
+
+class TrainConfig(TrainOptions):
+    """What is trained, on what, for how long."""
+
+    dataset: Path

@@ -41,12 +41,15 @@ class Case:
         The reference label map, None where there is none.
     group : str
         Cases of one group (patient) stay together when the set is split; the id where nothing is known.
+    unknown : tuple of int
+        Labels that nobody drew in this case: where the label file does not hold them they are unknown, not absent.
     """
 
     id: str
     images: tuple[Path, ...]
     label: Path | None
     group: str
+    unknown: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

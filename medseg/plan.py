@@ -49,11 +49,20 @@ class ChannelPlan(Record):
 
 
 class StructurePlan(Record):
-    """One structure that is learnt."""
+    """One structure that is learnt: voxels whose value in the label file is one of ``values``.
+
+    A region unites several labels: its ``labels`` name them; a plain structure is its own number.
+    """
 
     number: int
     name: str
     color: tuple[int, int, int]
+    labels: tuple[int, ...] = ()
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """Values of label files that belong to the structure."""
+        return self.labels or (self.number,)
 
 
 class Plan(Record):
@@ -61,6 +70,10 @@ class Plan(Record):
 
     Spacing (mm), patch, strides and kernels are along the axes of ``orientation``; a spacing of None keeps the slices
     as they are (2D networks see one slice at a time along the last axis).
+
+    Structures are exclusive (softmax, channel 0 the background) or, where ``overlapping``, each has a sigmoid of its own
+    and there is no channel for the background. Voxels of the value ``ignore`` in label files do not count. ``swaps``
+    pairs the numbers of left and right structures, which change places when an image is mirrored.
     """
 
     format: int = FORMAT
@@ -76,6 +89,9 @@ class Plan(Record):
     strides: tuple[tuple[int, ...], ...]
     kernels: tuple[tuple[int, ...], ...]
     mirror: tuple[int, ...]
+    overlapping: bool = False
+    ignore: int | None = None
+    swaps: tuple[tuple[int, int], ...] = ()
     reasons: Mapping[str, str] = {}
 
     @model_validator(mode="after")
@@ -97,7 +113,16 @@ class Plan(Record):
         numbers = [s.number for s in self.structures]
         if not numbers or len(set(numbers)) < len(numbers) or min(numbers) < 1:
             raise ValueError(f"structures must have distinct numbers of at least 1, got {numbers}")
+        if not {n for pair in self.swaps for n in pair} <= set(numbers):
+            raise ValueError(f"swaps must pair numbers of structures, got {self.swaps}")
+        if self.ignore in {v for s in self.structures for v in s.values}:
+            raise ValueError(f"ignore must be a label of no structure, got {self.ignore}")
         return self
+
+    @property
+    def outputs(self) -> int:
+        """Channels of the logits: the structures, and the background where they are exclusive."""
+        return len(self.structures) + (not self.overlapping)
 
     def summary(self) -> dict[str, str]:
         """Each entry in words, in the order of the plan."""

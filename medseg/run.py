@@ -80,7 +80,7 @@ class Run:
         return build_model(
             plan.model,
             in_channels=len(plan.channels),
-            out_channels=len(plan.structures) + 1,
+            out_channels=plan.outputs,
             features=plan.features,
             strides=plan.strides,
             kernels=plan.kernels,

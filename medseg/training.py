@@ -24,6 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from medseg.augmentation import Augmentation
 from medseg.config import TrainConfig
 from medseg.data import Case, labelled_folds, load_dataset
 from medseg.device import pick_device
@@ -35,7 +36,6 @@ from medseg.patches import PreparedCase, draw_batch, prepare
 from medseg.plan import Plan, make_plan
 from medseg.report import Block, picture_blocks, report_of_run
 from medseg.run import Run, write_json
-from medseg.transforms import Augmentation
 
 __all__ = ["train"]
 

@@ -237,7 +237,7 @@ def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
     monkeypatch.setitem(cli.COMMANDS, "info", stopped)
     monkeypatch.setattr(sys, "argv", ["medseg", "info"])
-    monkeypatch.setattr(cli, "ERR", Console(stderr=True))
+    monkeypatch.setattr(cli.show, "ERR", Console(stderr=True))
     with pytest.raises(SystemExit) as leaving:
         cli.main()
     assert leaving.value.code == 130

@@ -14,10 +14,11 @@ from conftest import geometries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medseg.augmentation import Augmentation
 from medseg.losses import IGNORE
 from medseg.patches import PreparedCase, draw_batch
 from medseg.plan import ChannelPlan, Plan, StructurePlan
-from medseg.transforms import Augmentation, normalise, planned_geometry, preprocessing
+from medseg.transforms import normalise, planned_geometry, preprocessing
 from medseg.volume import Geometry, GeometryError, LabelMap, Structure, Volume
 
 

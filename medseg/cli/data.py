@@ -1,0 +1,144 @@
+"""Commands about data: info, convert, check, plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from rich.table import Table
+from tyro.conf import Positional, arg
+
+import medseg
+from medseg.cli.show import Device, bar, print_json, print_table
+
+__all__ = ["check", "convert", "info", "plan"]
+
+
+def info(path: Positional[Path], *, json: bool = False) -> None:
+    """Show what is in a file, DICOM folder, zip or folder of images: series, geometry, quirks.
+
+    Args:
+        path: an image, a DICOM folder, zip or DICOMDIR, or a folder of images
+        json: print JSON
+    """
+    volumes = medseg.list_series(path)
+    if json:
+        print_json({"volumes": [v.to_json() for v in volumes]})
+        return
+    table = Table("series", "description", "modality", "shape", "spacing (mm)", "quirks")
+    for v in volumes:
+        spacing = " x ".join(f"{s:.4g}" for s in v.spacing_mm)
+        table.add_row(
+            v.name or v.series or Path(v.path).name, v.description, v.modality, " x ".join(map(str, v.shape)), spacing,
+            "\n".join(v.quirks),
+        )  # fmt: skip
+    print_table(table)
+
+
+def convert(
+    src: Positional[Path],
+    dst: Positional[str],
+    *,
+    series: str | None = None,
+    like: Path | None = None,
+    labels: bool = False,
+    to: Literal["nifti", "nrrd", "dicom", "seg", "rtstruct"] | None = None,
+    split: bool = False,
+    four_d: Annotated[bool, arg(name="4d")] = False,
+    resample: bool = False,
+    slices: bool = False,
+    suv: bool = False,
+    seg_type: Literal["binary", "labelmap", "fractional"] = "binary",
+    allow_mismatch: bool = False,
+    show_patient: bool = False,
+    force: bool = False,
+) -> None:
+    """Convert images (DICOM, NIfTI, NRRD, MHA) and label maps (these, DICOM-SEG, RTSTRUCT) into one another.
+
+    Args:
+        src: image, label map, or DICOM folder
+        dst: a file, or a folder (ending in "/") that gets one file per volume
+        series: SeriesInstanceUID, number or name of the one series wanted
+        like: source series or image whose grid the labels lie on
+        labels: src is a label map
+        to: format, where the suffix of dst does not say
+        split: write one mask per label, <number>_<label>.nii.gz
+        four_d: write a time series as one 4D file
+        resample: put unevenly spaced slices on a regular grid
+        slices: write what is no volume as separate slices
+        suv: convert PET to standardised uptake values (body weight)
+        seg_type: kind of DICOM-SEG to write
+        allow_mismatch: accept labels of another frame of reference
+        show_patient: put patient names and ids into messages and file names
+        force: overwrite outputs
+    """
+    written = medseg.convert(
+        src, dst, series=series, like=like, labels=labels, to=to, split=split, four_d=four_d, resample=resample,
+        slices=slices, suv=suv, seg_type=seg_type, allow_mismatch=allow_mismatch, show_patient=show_patient, force=force,
+    )  # fmt: skip
+    for path in written:
+        print(path)
+
+
+def check(dataset: Positional[Path], *, fix: Path | None = None, group: str | None = None, json: bool = False) -> int:
+    """Look for what would spoil a training: grids, labels, values, duplicates, patients on both sides of a split.
+
+    Exit code 1 when an error is found.
+
+    Args:
+        dataset: a folder with images/ and labels/, a Decathlon or nnU-Net folder, or a CSV
+        fix: write a repaired copy and a log of every repair into this new folder
+        group: regular expression whose group 1 on the case id is the patient
+        json: print JSON
+    """
+    with bar("checking") as progress:
+        checkup = medseg.check(dataset, fix=fix, group=group, progress=progress)
+    print(checkup.to_json() if json else checkup)
+    return 1 if checkup.errors else 0
+
+
+def plan(
+    dataset: Positional[Path],
+    *,
+    out: Path | None = None,
+    model: str | None = None,
+    fold: int | None = None,
+    folds: int = 5,
+    group: str | None = None,
+    device: Device = "auto",
+    json: bool = False,
+    force: bool = False,
+) -> None:
+    """Look at a data set and plan its training, with a reason for each choice.
+
+    Args:
+        dataset: a folder with images/ and labels/, a Decathlon or nnU-Net folder, or a CSV
+        out: write the plan as JSON, to be edited and given to train --plan
+        model: a model of the table; by default 2D or 3D U-Net as the images are
+        fold: plan on the training cases of this fold alone
+        folds: number of folds
+        group: regular expression whose group 1 on the case id is the patient
+        device: where it will be trained
+        json: print JSON
+        force: overwrite out
+    """
+    found = medseg.load_dataset(dataset, group=group)
+    cases = None
+    if fold is not None:
+        parts = medseg.data.labelled_folds(found, folds)
+        if not 0 <= fold < folds:
+            raise ValueError(f"fold must be 0 to {folds - 1}, got {fold}")
+        cases = parts[fold][0]
+    with bar("planning") as progress:
+        made = medseg.make_plan(
+            found, cases, model=model, device=str(medseg.device.pick_device(device)), progress=progress
+        )
+    if out:
+        made.save(out, force=force)
+    if json:
+        print(made.model_dump_json(indent=1))
+        return
+    table = Table("what", "value", "why")
+    for name, value in made.summary().items():
+        table.add_row(name, value, made.reasons.get(name, ""))
+    print_table(table)

@@ -1,0 +1,86 @@
+"""Commands about models: demo, train, predict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+import medseg
+from medseg.cli.show import Device, bar, say, show_evaluation
+from medseg.config import TrainOptions
+
+__all__ = ["demo", "predict", "train"]
+
+
+def demo(out: Path = Path("medseg-demo"), *, device: Device = "auto", seed: int = 0, force: bool = False) -> None:
+    """Run the main job end to end on a brain MR that pip installed: DICOM in, train, predict, contours out, report.
+
+    Args:
+        out: folder for everything that is written
+        device: where to compute
+        seed: of weights and sampling
+        force: replace the folder of a former demo
+    """
+    result = medseg.demo.run_demo(out, device=device, seed=seed, force=force)
+    print(result)
+
+
+def train(dataset: Positional[Path], options: Annotated[TrainOptions, arg(name="")], *, json: bool = False) -> None:
+    """Train a model and validate it on whole cases; everything lands in one run folder.
+
+    Args:
+        dataset: a folder with images/ and labels/, a Decathlon or nnU-Net folder, or a CSV
+        options: how
+        json: print the validation as JSON
+    """
+    run = medseg.train(medseg.TrainConfig.make(dataset=dataset, **options.model_dump()))
+    show_evaluation(run.evaluation(), json)
+    if not json:
+        print(f"run: {run.path}\nreport: {run.path / 'report.html'}")
+
+
+def predict(
+    run: Positional[Path],
+    inputs: Positional[list[Path]],
+    *,
+    out: Path,
+    to: Annotated[str, arg(metavar="nifti,nrrd,seg,rtstruct")] = "nifti",
+    probabilities: bool = False,
+    crf: bool = False,
+    series: str | None = None,
+    device: Device = "auto",
+    force: bool = False,
+) -> int:
+    """Predict files, folders of files or DICOM series with a trained run.
+
+    Exit code 1 when an input could not be predicted; the others are.
+
+    Args:
+        run: run folder of a training
+        inputs: image files, folders of image files, DICOM folders
+        out: folder for the label maps
+        to: formats, separated by commas; seg and rtstruct need a DICOM series
+        probabilities: write the probabilities too
+        crf: refine slice by slice before the decision, as fitted on validation where the run says so
+        series: SeriesInstanceUID, number or name of the one series wanted of a DICOM folder
+        device: where to compute
+        force: overwrite outputs
+    """
+    opened = medseg.Run.open(run)
+    parameters = medseg.crf_fit.crf_of_run(opened) if crf else None
+    predictor = medseg.Predictor.load(opened, device)
+    images = medseg.batch.find_inputs(inputs, len(opened.plan.channels), series)
+    formats = tuple(name.strip() for name in to.split(","))
+    with bar("predicting") as progress:
+        done = medseg.batch.predict_files(
+            predictor, images, out, to=formats, probabilities=probabilities, crf=parameters, force=force,
+            progress=progress,
+        )  # fmt: skip
+    for files in done.written.values():
+        for path in files:
+            print(path)
+    for reason in done.failed.values():
+        say(f"medseg: error: {reason}")
+    return 1 if done.failed else 0
