@@ -207,7 +207,7 @@ class TestAugmentation:
         assert set(a[1].unique().tolist()) <= {0, 1, 2}
 
     def test_thick_slices_are_not_tilted(self) -> None:
-        from medseg.transforms import _rotation
+        from medseg.augmentation import _rotation
 
         matrix = _rotation((0.3, 0.4, 0.5), 3, only_about=2)
         assert torch.allclose(matrix[2], torch.tensor([0.0, 0, 1]))
