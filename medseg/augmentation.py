@@ -28,23 +28,31 @@ class Augmentation:
         Spacing (mm) of the patch axes.
     mirror : sequence of int
         Patch axes that may be flipped.
+    swaps : sequence of (int, int)
+        Pairs of classes (1 is the first structure) that trade places when ``sided`` is flipped: left and right.
+    sided : int, optional
+        The patch axis that runs from left to right.
     """
 
     spacing: tuple[float, ...]
     mirror: tuple[int, ...] = ()
+    swaps: tuple[tuple[int, int], ...] = ()
+    sided: int | None = None
     spatial_chance: float = 0.3
     max_angle_deg: float = 20.0
     scale: tuple[float, float] = (0.8, 1.25)
 
-    def __call__(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Augment images (B, C, *S), float, and labels (B, *S), integers; random numbers come from a CPU generator."""
+    def __call__(
+        self, images: Tensor, labels: Tensor, known: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Augment images (B, C, *S), labels (B, *S) or (B, S, *S) and known (B, S); random numbers from a CPU generator."""
         images, labels = self._move(images, labels, generator)
         for axis in self.mirror:
             flip = _draw(len(images), generator) < 0.5
             if flip.any():
                 images = _replaced(images, flip, images[flip].flip(axis + 2))
                 labels = _replaced(labels, flip, labels[flip].flip(axis + 1))
-        return self._intensity(images, generator), labels
+        return self._intensity(images, generator), labels, known
 
     def _move(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         dims = images.ndim - 2

@@ -28,8 +28,9 @@ FOREGROUND_SHARE = 0.5  # of the patches of a batch are placed on a structure
 class PreparedCase:
     """One case on the planned grid, on disk.
 
-    ``places`` maps each class that is present to (n, 3) indices of some of its voxels. Files are opened memory-mapped at
-    each look, so that a set of any size needs neither memory nor open files, and a patch reads little more than itself.
+    ``places`` maps each class that is present to (n, 3) indices of some of its voxels; ``known`` says of each structure
+    of the plan whether it was drawn here. Files are opened memory-mapped at each look, so that a set of any size needs
+    neither memory nor open files, and a patch reads little more than itself.
     """
 
     id: str
@@ -37,6 +38,7 @@ class PreparedCase:
     image_path: Path
     label_path: Path
     places: dict[int, np.ndarray]
+    known: tuple[bool, ...]
 
     @property
     def image(self) -> np.ndarray:
@@ -83,7 +85,9 @@ def prepare(
                 with atomic_path(path, force=True) as temporary, temporary.open("wb") as file:
                     np.save(file, array, allow_pickle=False)
         label, affine = _mapped(paths[1]), np.load(paths[0], allow_pickle=False)
-        return PreparedCase(case.id, Geometry(label.shape, affine), paths[2], paths[1], _places(label))
+        return PreparedCase(
+            case.id, Geometry(label.shape, affine), paths[2], paths[1], _places(label), _known(case, plan)
+        )
 
     prepared = []
     with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -92,6 +96,10 @@ def prepare(
             if progress:
                 progress(done)
     return prepared
+
+
+def _known(case: Case, plan: Plan) -> tuple[bool, ...]:
+    return tuple(not set(s.values) & set(case.unknown) for s in plan.structures)
 
 
 def _places(label: np.ndarray) -> dict[int, np.ndarray]:
@@ -109,7 +117,7 @@ def _places(label: np.ndarray) -> dict[int, np.ndarray]:
 
 def draw_batch(
     cases: Sequence[PreparedCase], plan: Plan, batch: int, seed: int, step: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The patches of one training step: a function of seed and step alone, so that a resumed run draws the same.
 
     Half of the patches hold a voxel of a structure, chosen evenly among the structures of the case, at a random place
@@ -120,14 +128,16 @@ def draw_batch(
     images : (B, C, *patch) float32 tensor
     labels : (B, *patch) int64 tensor
         Class indices; ``IGNORE`` where the patch reaches beyond the image.
+    known : (B, S) bool tensor
+        Whether each structure was drawn in the case of the patch.
     """
     generator = np.random.default_rng([seed, step])
     foreground = round(batch * FOREGROUND_SHARE)
-    patches = [
-        _draw_patch(cases[int(generator.integers(len(cases)))], plan, n < foreground, generator) for n in range(batch)
-    ]
+    chosen = [cases[int(generator.integers(len(cases)))] for _ in range(batch)]
+    patches = [_draw_patch(case, plan, n < foreground, generator) for n, case in enumerate(chosen)]
     images, labels = (np.stack(arrays) for arrays in zip(*patches, strict=True))
-    return torch.from_numpy(images), torch.from_numpy(labels).long()
+    known = torch.tensor([case.known for case in chosen])
+    return torch.from_numpy(images), torch.from_numpy(labels).long(), known
 
 
 def _draw_patch(

@@ -222,9 +222,9 @@ class Learner:
                 ahead = threads.submit(self._draw, self.step)
                 losses: list[float] = []
                 while self.progress < 1 or not self.history:  # at least one step and one validation
-                    images, labels = ahead.result()
+                    images, labels, known = ahead.result()
                     ahead = threads.submit(self._draw, self.step + 1)
-                    losses.append(self._train_step(images, labels))
+                    losses.append(self._train_step(images, labels, known))
                     self.step += 1
                     words = f"epoch {self.step / self.epoch_steps:.1f}  loss {np.mean(losses[-20:]):.3f}"
                     words += f"  best IoU {self.best_iou:.3f}" if self.best_iou >= 0 else ""
@@ -241,13 +241,14 @@ class Learner:
             writer.close()
         self._finish()
 
-    def _draw(self, step: int) -> tuple[Tensor, Tensor]:
-        images, labels = draw_batch(self.training, self.run.plan, self.batch, self.config.seed, step)
-        return images, labels
+    def _draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        return draw_batch(self.training, self.run.plan, self.batch, self.config.seed, step)
 
-    def _train_step(self, images: Tensor, labels: Tensor) -> float:
+    def _train_step(self, images: Tensor, labels: Tensor, known: Tensor) -> float:
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
-        images, labels = self.augmentation(images.to(self.device), labels.to(self.device), generator)
+        images, labels, known = self.augmentation(
+            images.to(self.device), labels.to(self.device), known.to(self.device), generator
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * _schedule(self.progress)
         self.network.train()

@@ -95,10 +95,10 @@ def test_interrupted_training_resumes_to_the_same_weights(
     whole = medseg.train(config(dataset, tmp_path / "whole", epochs=2), tiny.plan())
     step = training.Learner._train_step
 
-    def stopped(self: training.Learner, images: torch.Tensor, labels: torch.Tensor) -> float:
+    def stopped(self: training.Learner, *patches: torch.Tensor) -> float:
         if self.step == 25:
             raise KeyboardInterrupt
-        return step(self, images, labels)
+        return step(self, *patches)
 
     monkeypatch.setattr(training.Learner, "_train_step", stopped)
     with caplog.at_level(logging.WARNING), pytest.raises(KeyboardInterrupt):

@@ -150,6 +150,9 @@ def blob(dims: int, size: tuple[int, ...], at: tuple[float, ...]) -> torch.Tenso
     return torch.exp(-sum((a - c) ** 2 for a, c in zip(axes, at, strict=True)) / 18)
 
 
+KNOWN = torch.ones(16, 1, dtype=torch.bool)
+
+
 class TestAugmentation:
     @pytest.mark.parametrize("size", [(24, 31), (17, 24, 21)])
     def test_image_and_label_move_together(self, size: tuple[int, ...]) -> None:
@@ -186,7 +189,7 @@ class TestAugmentation:
     def test_mirroring_only_flips_what_it_may(self) -> None:
         labels = torch.arange(60).view(1, 3, 4, 5).expand(16, 3, 4, 5)
         augment = Augmentation((1.0, 1.0, 1.0), mirror=(1,), spatial_chance=0.0)
-        _, moved = augment(labels[:, None].float(), labels, torch.Generator().manual_seed(3))
+        _, moved, _ = augment(labels[:, None].float(), labels, KNOWN[:16], torch.Generator().manual_seed(3))
         flipped = [torch.equal(m, labels[0].flip(1)) for m in moved]
         same = [torch.equal(m, labels[0]) for m in moved]
         assert all(a != b for a, b in zip(flipped, same, strict=True))
@@ -196,9 +199,9 @@ class TestAugmentation:
         images, labels = torch.randn(4, 2, 12, 10, 8), torch.randint(0, 3, (4, 12, 10, 8))
         before = images.clone()
         augment = Augmentation((1.0, 1.0, 3.0), mirror=(0,))
-        a = augment(images, labels, torch.Generator().manual_seed(5))
-        b = augment(images, labels, torch.Generator().manual_seed(5))
-        c = augment(images, labels, torch.Generator().manual_seed(6))
+        a = augment(images, labels, KNOWN[:4], torch.Generator().manual_seed(5))
+        b = augment(images, labels, KNOWN[:4], torch.Generator().manual_seed(5))
+        c = augment(images, labels, KNOWN[:4], torch.Generator().manual_seed(6))
         assert torch.equal(a[0], b[0])
         assert torch.equal(a[1], b[1])
         assert not torch.equal(a[0], c[0])
@@ -221,6 +224,7 @@ class InMemory:
     image: np.ndarray
     label: np.ndarray
     places: dict[int, np.ndarray]
+    known: tuple[bool, ...] = (True,)
 
 
 def prepared(image: np.ndarray, label: np.ndarray, places: dict[int, np.ndarray]) -> PreparedCase:
@@ -235,7 +239,7 @@ class TestPatches:
         label = (voxels[0] % 5 == 0).astype(np.int16)
         places = {1: np.argwhere(label == 1)} if label.any() else {}
         case = prepared(voxels, label, places)
-        images, labels = draw_batch([case], make_plan(), 4, seed, step=1)
+        images, labels, _ = draw_batch([case], make_plan(), 4, seed, step=1)
         assert images.shape == (4, 1, 8, 6, 4)
         for image, target in zip(images[:, 0].numpy(), labels.numpy(), strict=True):
             known = target != IGNORE
@@ -251,7 +255,7 @@ class TestPatches:
         case = prepared(label[None].astype(np.float32), label, {1: np.argwhere(label)})
         seen = set()
         for step in range(200):
-            _, labels = draw_batch([case], make_plan(), 2, 0, step)
+            _, labels, _ = draw_batch([case], make_plan(), 2, 0, step)
             assert (labels[0] == 1).sum() == 1
             seen.add(tuple(np.argwhere(labels[0].numpy() == 1)[0]))
         assert len(seen) > 60  # not always in the middle
@@ -268,7 +272,7 @@ class TestPatches:
     def test_slices_for_2d_networks(self) -> None:
         array = np.arange(10 * 9 * 5, dtype=np.float32).reshape(1, 10, 9, 5)
         case = prepared(array, np.zeros((10, 9, 5), np.int16), {})
-        images, labels = draw_batch([case], make_plan(dims=2), 3, 0, 0)
+        images, labels, _ = draw_batch([case], make_plan(dims=2), 3, 0, 0)
         assert images.shape == (3, 1, 8, 6)
         assert labels.shape == (3, 8, 6)
         assert all(len(np.unique(image.numpy() % 5)) == 1 for image in images)  # one slice each
