@@ -13,6 +13,7 @@ He et al. (2016), doi:10.1109/CVPR.2016.90; Isensee et al. (2021), doi:10.1038/s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from medseg.models.network import SegmentationNetwork
 
 __all__ = ["UNet"]
 
@@ -106,7 +109,7 @@ class ResidualBlock(nn.Module):
         return F.leaky_relu(y + self.project(self.pool(x)), 0.01)
 
 
-class UNet(nn.Module):
+class UNet(SegmentationNetwork):
     """Residual U-Net.
 
     Parameters
@@ -149,7 +152,7 @@ class UNet(nn.Module):
             )
         self.dims, self.strides = dims, [tuple(s) for s in strides]
         widths = list(pairwise([in_channels, *features]))
-        self.encoder = nn.ModuleList(
+        self.encoder: nn.ModuleList = nn.ModuleList(
             ResidualBlock(dims, a, b, k, s)
             for (a, b), k, s in zip(widths, kernels, [(1,) * dims, *self.strides], strict=True)
         )
@@ -167,27 +170,19 @@ class UNet(nn.Module):
 
     @property
     def divisor(self) -> tuple[int, ...]:
-        """Total downsampling per axis; inputs of other sizes are padded inside."""
-        return tuple(int(torch.tensor([s[a] for s in self.strides]).prod()) for a in range(self.dims))
+        return tuple(math.prod(s[axis] for s in self.strides) for axis in range(self.dims))
 
-    def multiscale(self, image: Tensor) -> list[Tensor]:
-        """Logits at every decoder resolution, finest first.
+    @property
+    def input_tensors(self) -> tuple[str, ...]:
+        shortcut = ("encoder.0.project.weight",) if "encoder.0.project.weight" in self.state_dict() else ()
+        return ("encoder.0.first.0.weight", *shortcut)
 
-        Parameters
-        ----------
-        image : (B, C, *S) tensor
-            Any size; padded at the end of each axis to a multiple of :attr:`divisor` by repeating the border.
+    @property
+    def output_tensors(self) -> tuple[str, ...]:
+        return tuple(f"heads.{level}.{kind}" for level in range(len(self.heads)) for kind in ("weight", "bias"))
 
-        Returns
-        -------
-        list of (B, K, *S') tensors
-            The first has exactly the size of the image; the others cover the padded grid at half, a quarter ... of its
-            resolution (as the strides say).
-        """
-        size = image.shape[2:]
-        padding = [(-n) % d for n, d in zip(size, self.divisor, strict=True)]
-        x = F.pad(image, [p for n in reversed(padding) for p in (0, n)], mode="replicate") if any(padding) else image
-        skips = []
+    def decode(self, image: Tensor) -> list[Tensor]:
+        x, skips = image, []
         for block in self.encoder:
             x = block(x)
             skips.append(x)
@@ -196,11 +191,4 @@ class UNet(nn.Module):
             x = block(torch.cat([up(x), skip], 1))
             if self.training or skip is skips[0]:
                 logits.append(head(x))
-        logits.reverse()
-        if any(padding):
-            logits[0] = logits[0][(..., *(slice(n) for n in size))]
-        return logits
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Logits (B, K, *S) of an image (B, C, *S)."""
-        return self.multiscale(image)[0]
+        return logits[::-1]
