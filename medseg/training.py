@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ from medseg.plan import Plan, make_plan
 from medseg.report import Block, picture_blocks, report_of_run
 from medseg.run import Run, write_json
 
-__all__ = ["train"]
+__all__ = ["require_fresh", "train"]
 
 log = logging.getLogger("medseg")
 SHOWN_CASES = 24  # validation cases scored during training; all of them at the end
@@ -45,7 +46,7 @@ MIN_STEPS = 20  # of an epoch
 WARM_UP = 0.03  # share of the training over which the learning rate rises
 
 
-def train(config: TrainConfig, plan: Plan | None = None) -> Run:
+def train(config: TrainConfig, plan: Plan | None = None, *, cache: Path | None = None) -> Run:
     """Train a model and validate it on whole cases.
 
     Parameters
@@ -54,6 +55,8 @@ def train(config: TrainConfig, plan: Plan | None = None) -> Run:
         What to train, on what, for how long. ``config.resume`` goes on from the last checkpoint of ``config.out``.
     plan : Plan, optional
         A plan to use instead of ``config.plan`` or of planning.
+    cache : Path, optional
+        Folder of preprocessed cases that is used and kept; by default one inside the run, removed at the end.
 
     Returns
     -------
@@ -80,7 +83,7 @@ def train(config: TrainConfig, plan: Plan | None = None) -> Run:
         run = _resumed(config, plan, [c.id for c in validation])
         config = run.config
     else:
-        _require_fresh(config)
+        require_fresh(config)
         with _bar("planning", len(training)) as update:
             plan = plan or (Plan.load(config.plan) if config.plan else None)
             plan = plan or make_plan(
@@ -92,18 +95,19 @@ def train(config: TrainConfig, plan: Plan | None = None) -> Run:
         run = Run.create(config.out, config, plan, [c.id for c in validation])
     try:
         with _bar("preprocessing", len(training) + len(validation)) as update:
-            cache = run.path / "cache"
-            prepared = prepare([*training, *validation], run.plan, cache, workers=config.workers, progress=update)
+            folder = cache or run.path / "cache"
+            prepared = prepare([*training, *validation], run.plan, folder, workers=config.workers, progress=update)
     except KeyboardInterrupt:
         log.warning("stopped while preprocessing; go on with the same command and --resume")
         raise
     learner = Learner(run, config, prepared[: len(training)], validation, prepared[len(training) :], started)
     learner.fit()
-    shutil.rmtree(run.path / "cache")
+    if cache is None:
+        shutil.rmtree(folder)
     return run
 
 
-def _require_fresh(config: TrainConfig) -> None:
+def require_fresh(config: TrainConfig) -> None:
     """The run folder must be new, or one that medseg made if ``force``: nothing else is ever deleted."""
     out = config.out
     if out.exists() and not out.is_dir():
