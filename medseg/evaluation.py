@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -131,9 +131,13 @@ def score_case(
     surface: bool | Surface = False,
     lesions: bool | Lesions = False,
     labels_present: bool = False,
+    known: Collection[int] | None = None,
     resample: bool = False,
 ) -> list[Row]:
     """Rows of one case, one per structure: see :func:`evaluate`.
+
+    ``known`` are the numbers of the structures that somebody drew in the reference: no other is scored, and one of them
+    that the reference does not hold is truly absent. All are known by default.
 
     Raises
     ------
@@ -146,6 +150,7 @@ def score_case(
     if how:
         grid.require_straight(f"{what}, for surface distances,")
     wanted = _chosen(prediction, reference, structures, labels_present)
+    wanted = wanted if known is None else [s for s in wanted if s.number in known]
     options: dict[str, Any] = {"tolerance_mm": tolerance_mm, "surface": bool(how)}
     if how:
         options.update(definition=how.definition, missing=how.missing)

@@ -68,6 +68,23 @@ def test_missing_and_false_structures():
     assert np.isnan(evaluate(p, r, surface=Surface(missing="nan")).rows[0]["hd95_mm"])
 
 
+@pytest.mark.parametrize("layered", [False, True])
+def test_structures_that_nobody_drew_are_not_scored(layered):
+    """Structure 3 was not drawn; structure 2 was looked for and is truly absent, so predicting it is a mistake."""
+    both = label_map(1), label_map(2)
+    arrays = both[0].array, np.where(both[1].array == 2, 0, both[1].array)
+    structures = tuple(Structure(n, f"s{n}") for n in (1, 2, 3))
+    if layered:
+        layers = [np.stack([a == 1, a == 2, np.full(a.shape, n == 0)]) for n, a in enumerate(arrays)]
+        p, r = (LabelMap(a, GRID, structures) for a in layers)
+    else:
+        p, r = (LabelMap(a, GRID, structures) for a in arrays)
+    rows = score_case("x", p, r, known=[1, 2])
+    assert [(row["structure"], row["dice"] > 0) for row in rows] == [("s1", True), ("s2", False)]
+    assert rows == score_case("x", p, r)[:2]
+    assert score_case("x", p, r, known=()) == []
+
+
 def test_structures_can_be_chosen_and_named():
     p, r = label_map(1), label_map(2)
     assert [row["structure"] for row in evaluate(p, r, structures=["Posterior"]).rows] == ["Posterior"]
