@@ -41,7 +41,7 @@ class _EncoderNetwork(SegmentationNetwork):
                 f"encoder must be {known} or tu- and a model of timm that fits {kind}, got {encoder!r}: "
                 f"{str(problem)[:160]}"
             ) from problem
-        self.encoder = built.encoder
+        self.encoder, self.encoder_name = built.encoder, encoder
         self.decoder = built.decoder
         self.head = built.segmentation_head[0]
         self.in_channels = in_channels

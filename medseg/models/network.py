@@ -19,6 +19,7 @@ class SegmentationNetwork(nn.Module, ABC):
     """
 
     encoder: nn.Module
+    encoder_name: str | None = None  # where it is one of a library
     encoder_frozen: bool = False
 
     @property
