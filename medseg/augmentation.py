@@ -5,22 +5,39 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from medseg.plan import Plan
+from medseg.spatial import (
+    Resampler,
+    along_axes,
+    blur_matrix,
+    bspline_matrix,
+    low_resolution_matrix,
+    rotation_matrix,
+)
 
 __all__ = ["Augmentation"]
+
+Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of a batch, drawn per image and applied to the whole batch on its device.
+    """Random changes of a batch, drawn image by image and made where they were drawn, on the device of the batch.
 
-    Rotation and scaling are one interpolation (linear for images, nearest for labels) in millimetres; then mirroring;
-    then noise, blur, low resolution, brightness, contrast and gamma on images alone. The values are nnU-Net's (Isensee
-    et al. 2021, doi:10.1038/s41592-020-01008-z) with gentler rotation and scaling.
+    Rotation, scaling and bending are one interpolation in millimetres, about the centre of the patch: linear for
+    images and soft labels, nearest for others. What comes from outside the patch goes on from its edge in images and is
+    ``IGNORE`` in labels. Then mirroring; then blur, low resolution, brightness, contrast, noise and gamma, on images
+    alone and channel by channel; last, whole channels are left out. The chances are nnU-Net's (Isensee et al. 2021,
+    doi:10.1038/s41592-020-01008-z, version 2.8), rotation and scaling gentler, which suits short trainings.
+
+    Where the slices are more than three times as thick as the voxels are wide, patches are turned and scaled within
+    the slices alone.
 
     Parameters
     ----------
@@ -29,140 +46,207 @@ class Augmentation:
     mirror : sequence of int
         Patch axes that may be flipped.
     swaps : sequence of (int, int)
-        Pairs of classes (1 is the first structure) that trade places when ``sided`` is flipped: left and right.
+        Indices of the structures that trade places when ``sided`` is flipped, in labels and in ``known``.
     sided : int, optional
         The patch axis that runs from left to right.
+    rotation_chance, scaling_chance, elastic_chance, ... : float
+        Share of the images (for intensities, of the channels) that is changed in each way.
+    max_angle_deg, scale, sigma, zoom, noise, factor, gamma : float or pairs of float
+        Largest angle about each axis (degrees); size on the new patch over that on the old; blur (voxels); share of
+        the voxels kept per axis; spread of the noise, in units of the normalised image; factors of brightness and
+        contrast; exponents.
+    elastic_mm : (float, float)
+        Distance of the knots of a bend, and the standard deviation of their shifts (mm).
+    channel_dropout : float
+        Chance that an image loses some of its channels: they are 0 then, as a missing channel is. One always stays.
     """
 
     spacing: tuple[float, ...]
     mirror: tuple[int, ...] = ()
     swaps: tuple[tuple[int, int], ...] = ()
     sided: int | None = None
-    spatial_chance: float = 0.3
+    rotation_chance: float = 0.2
     max_angle_deg: float = 20.0
-    scale: tuple[float, float] = (0.8, 1.25)
+    scaling_chance: float = 0.2
+    scale: Range = (0.8, 1.25)
+    elastic_chance: float = 0.0
+    elastic_mm: Range = (32.0, 4.0)
+    blur_chance: float = 0.1
+    sigma: Range = (0.5, 1.0)
+    low_resolution_chance: float = 0.125
+    zoom: Range = (0.5, 1.0)
+    brightness_chance: float = 0.15
+    contrast_chance: float = 0.15
+    factor: Range = (0.75, 1.25)
+    noise_chance: float = 0.1
+    noise: Range = (0.0, 0.1)
+    gamma_chance: float = 0.37
+    gamma: Range = (0.7, 1.5)
+    inverted_share: float = 0.25  # of the gamma curves: on the negative
+    channel_dropout: float = 0.0
+
+    @classmethod
+    def of(cls, plan: Plan, channel_dropout: float = 0.0) -> Self:
+        """What a plan allows: its spacing, its mirrored axes, and the swaps of its left and right structures."""
+        numbers = [s.number for s in plan.structures]
+        sided = next((a for a, letter in enumerate(plan.orientation or "") if letter in "LR"), None)
+        return cls(
+            tuple(s or 1.0 for s in plan.spacing[: plan.dims]),
+            plan.mirror,
+            tuple((numbers.index(a), numbers.index(b)) for a, b in plan.swaps),
+            sided,
+            channel_dropout=channel_dropout,
+        )
 
     def __call__(
         self, images: Tensor, labels: Tensor, known: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Augment images (B, C, *S), labels (B, *S) or (B, S, *S) and known (B, S); random numbers from a CPU generator."""
-        images, labels = self._move(images, labels, generator)
-        for axis in self.mirror:
-            flip = _draw(len(images), generator) < 0.5
-            if flip.any():
-                images = _replaced(images, flip, images[flip].flip(axis + 2))
-                labels = _replaced(labels, flip, labels[flip].flip(axis + 1))
-        return self._intensity(images, generator), labels, known
+        """Augment a batch; the result is a function of the generator alone, and the arguments stay as they are.
 
-    def _move(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        dims = images.ndim - 2
-        chosen = _draw(len(images), generator) < self.spatial_chance
-        angles = (_draw(len(images), generator, 3) * 2 - 1) * math.radians(self.max_angle_deg)
-        low, high = (math.log(s) for s in self.scale)
-        zoom = torch.exp(low + (high - low) * _draw(len(images), generator))
-        if not chosen.any():
-            return images, labels
-        thick = max(self.spacing) > 3 * min(self.spacing)
-        matrices = []
-        for angle, factor in zip(angles[chosen].tolist(), zoom[chosen].tolist(), strict=True):
-            matrices.append(_rotation(angle, dims, int(np.argmax(self.spacing)) if thick else None) / factor)
-        half = torch.tensor([n * s / 2 for n, s in zip(images.shape[2:], self.spacing, strict=True)])
-        theta = torch.stack(matrices) * half[None, None, :] / half[None, :, None]
-        theta = torch.cat([theta.flip(1, 2), torch.zeros(len(theta), dims, 1)], 2)  # grids list the last axis first
-        theta = theta.to(images.device, torch.float32)
-        at = chosen.to(images.device)
-        grid = F.affine_grid(theta, [len(theta), 1, *images.shape[2:]], align_corners=False)
-        moved = F.grid_sample(images[at].float(), grid, "bilinear", "border", align_corners=False)
-        moved_labels = F.grid_sample(labels[at][:, None].float(), grid, "nearest", "border", align_corners=False)
-        return _replaced(images, at, moved), _replaced(labels, at, moved_labels[:, 0].round())
+        Parameters
+        ----------
+        images : (B, C, *S) float tensor
+        labels : (B, *S) tensor of class indices, or (B, S, *S) tensor of layers, hard (integers) or soft (float)
+        known : (B, S) bool tensor
+        generator : torch.Generator
+            On the CPU; noise is drawn on the device of the images, seeded by it.
+        """
+        images, labels, known = images.float(), labels.clone(), known.clone()
+        images = images.clone(memory_format=torch.contiguous_format)
+        noise = torch.Generator(images.device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        for n in range(len(images)):
+            self._move(images[n], labels[n], generator)
+            self._flip(images[n], labels[n], known[n], generator)
+            kept = self._kept(images[n], generator)
+            chances = torch.rand(len(images[n]), 13, generator=generator).tolist()
+            for channel, keep, drawn in zip(images[n], kept, chances, strict=True):
+                if keep:
+                    self._change(channel, drawn, noise)
+                else:
+                    channel.zero_()
+        return images, labels, known
 
-    def _intensity(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        count, device = len(images), images.device
-        shape = (count, *[1] * (images.ndim - 1))
+    # -- space ----------------------------------------------------------------------------------------------------
 
-        def uniform(low: float, high: float, chance: float, neutral: float) -> Tensor:
-            values = low + (high - low) * _draw(count, generator)
-            values = torch.where(_draw(count, generator) < chance, values, torch.full_like(values, neutral))
-            return values.to(device).view(shape)
+    @property
+    def thick(self) -> int | None:
+        """The axis across thick slices, if there are any."""
+        thick = len(self.spacing) == 3 and max(self.spacing) > 3 * sorted(self.spacing)[1]
+        return int(np.argmax(self.spacing)) if thick else None
 
-        blur, low_res = uniform(0.5, 1.0, 0.2, 0.0), uniform(0.5, 1.0, 0.2, 1.0)
-        images = torch.stack(
-            [_blurred(x, float(s)) if s > 0 else x for x, s in zip(images, blur.flatten(), strict=True)]
-        )
-        images = torch.stack(
-            [_low_resolution(x, float(z)) if z < 1 else x for x, z in zip(images, low_res.flatten(), strict=True)]
-        )
-        noise_std = uniform(0.0, 0.15, 0.15, 0.0)
-        if bool((noise_std > 0).any()):
-            images = images + noise_std * torch.randn(images.shape, generator=generator).to(device)
-        images = images * uniform(0.75, 1.25, 0.15, 1.0)
-        axes = tuple(range(2, images.ndim))
-        mean = images.mean(axes, keepdim=True)
-        images = (images - mean) * uniform(0.75, 1.25, 0.15, 1.0) + mean
-        return _gamma(images, uniform(0.7, 1.5, 0.3, 1.0), _draw(count, generator).to(device).view(shape) < 0.25)
+    def _move(self, image: Tensor, label: Tensor, generator: torch.Generator) -> None:
+        dims = image.ndim - 1
+        turn, resize, bend, zoom, *angles = torch.rand(7, generator=generator).tolist()
+        matrix = torch.eye(dims)
+        if turn < self.rotation_chance:
+            angles = [math.radians(self.max_angle_deg) * (2 * a - 1) for a in angles]
+            matrix = rotation_matrix(angles, dims, self.thick)
+        if resize < self.scaling_chance:
+            low, high = (math.log(s) for s in self.scale)
+            scales = torch.full((dims,), math.exp(low + (high - low) * zoom))
+            if self.thick is not None:
+                scales[self.thick] = 1.0
+            matrix = matrix / scales
+        shifts = self._bend(image.shape[1:], generator) if bend < self.elastic_chance else None
+        if shifts is None and torch.equal(matrix, torch.eye(dims)):
+            return
+        spacing = torch.tensor(self.spacing)
+        matrix = matrix * spacing / spacing[:, None]  # from millimetres to voxels
+        resampler = Resampler(matrix.to(image.device), image.shape[1:], None if shifts is None else shifts.to(image))
+        for channel in image:
+            channel.copy_(resampler.linear(channel))
+        label.copy_(resampler.labels(label))
+
+    def _bend(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        """Smooth random shifts (D, *shape) in voxels; none across thick slices."""
+        knots, std = self.elastic_mm
+        matrices = [bspline_matrix(n, max(1.0, knots / s)) for n, s in zip(shape, self.spacing, strict=True)]
+        shifts = torch.randn(len(shape), *[m.shape[1] for m in matrices], generator=generator)
+        shifts *= torch.tensor([std / s for s in self.spacing]).view(-1, *[1] * len(shape))
+        if self.thick is not None:
+            shifts[self.thick] = 0
+        return torch.stack([along_axes(s, matrices) for s in shifts])
+
+    def _flip(self, image: Tensor, label: Tensor, known: Tensor, generator: torch.Generator) -> None:
+        drawn = torch.rand(len(self.mirror), generator=generator).tolist()
+        flipped = [axis for axis, chance in zip(self.mirror, drawn, strict=True) if chance < 0.5]
+        if not flipped:
+            return
+        axes = [axis - (image.ndim - 1) for axis in flipped]
+        image.copy_(image.flip(axes))
+        mirrored = label.flip(axes)
+        if self.sided in flipped and self.swaps:
+            order = list(range(len(known)))
+            for a, b in self.swaps:
+                order[a], order[b] = b, a
+            known.copy_(known[order])
+            if label.ndim == image.ndim:
+                mirrored = mirrored[order]
+            else:  # classes are structures + 1; 0, the background, and IGNORE stay
+                table = torch.tensor([-1, 0, *(o + 1 for o in order)], dtype=label.dtype, device=label.device)
+                mirrored = table.index_select(0, mirrored.reshape(-1) + 1).view(label.shape)
+        label.copy_(mirrored)
+
+    # -- intensities ----------------------------------------------------------------------------------------------
+
+    def _kept(self, image: Tensor, generator: torch.Generator) -> list[bool]:
+        """Which channels stay: missing ones (all 0) never come back, dropped ones go, one of those present stays."""
+        if len(image) == 1:
+            return [True]
+        drop, *chances = torch.rand(1 + len(image), generator=generator).tolist()
+        present = [bool(channel.any()) for channel in image]
+        if drop >= self.channel_dropout or sum(present) < 2:
+            return present
+        best = max((c for c, there in enumerate(present) if there), key=lambda c: chances[c])
+        return [there and (c == best or chances[c] >= 0.5) for c, there in enumerate(present)]
+
+    def _change(self, image: Tensor, drawn: Sequence[float], noise: torch.Generator) -> None:
+        """Change the intensities of one channel (*S) in place; ``drawn`` are 13 numbers from 0 to 1."""
+        blur, sigma, low, zoom, bright, brightness, contrasted, contrast, noisy, std, curved, gamma, inverted = drawn
+        blur, low = blur < self.blur_chance, low < self.low_resolution_chance
+        if blur or low:
+            matrices: list[Tensor | None] = []
+            for axis, n in enumerate(image.shape):
+                matrix = torch.eye(n)
+                if blur:
+                    matrix = blur_matrix(n, _between(self.sigma, sigma))
+                if low:
+                    matrix = low_resolution_matrix(n, _between(self.zoom, zoom)) @ matrix
+                matrices.append(None if axis == self.thick else matrix.to(image.device))
+            image.copy_(along_axes(image, matrices))
+        if bright < self.brightness_chance:
+            image.mul_(_around_1(self.factor, brightness))
+        if contrasted < self.contrast_chance:
+            least, most = image.aminmax()
+            factor, mean = _around_1(self.factor, contrast), image.mean()
+            image.mul_(factor).add_(mean * (1 - factor)).clamp_(least, most)
+        if noisy < self.noise_chance:
+            values = torch.randn(image.shape, generator=noise, device=image.device)
+            image.add_(values, alpha=_between(self.noise, std))
+        if curved < self.gamma_chance:
+            _curve(image, _around_1(self.gamma, gamma), inverted < self.inverted_share)
 
 
-def _draw(count: int, generator: torch.Generator, columns: int | None = None) -> Tensor:
-    return torch.rand((count,) if columns is None else (count, columns), generator=generator)
+def _between(limits: Range, chance: float) -> float:
+    return limits[0] + (limits[1] - limits[0]) * chance
 
 
-def _replaced(batch: Tensor, at: Tensor, values: Tensor) -> Tensor:
-    batch = batch.clone()
-    batch[at.to(batch.device)] = values.to(batch.dtype)
-    return batch
+def _around_1(limits: Range, chance: float) -> float:
+    """A factor within limits around 1, below and above it equally often."""
+    return _between((limits[0], 1.0), 2 * chance) if chance < 0.5 else _between((1.0, limits[1]), 2 * chance - 1)
 
 
-def _rotation(angles: Sequence[float], dims: int, only_about: int | None) -> Tensor:
-    """Rotation matrix: in the plane (2D), about all three axes, or only about the axis across thick slices."""
-    matrix = torch.eye(dims)
-    for about in [None] if dims == 2 else range(3):
-        if about is not None and only_about is not None and about != only_about:
-            continue
-        a, b = (0, 1) if about is None else (x for x in range(3) if x != about)
-        cos, sin = math.cos(angles[about or 0]), math.sin(angles[about or 0])
-        turn = torch.eye(dims)
-        turn[a, a] = turn[b, b] = cos
-        turn[a, b], turn[b, a] = -sin, sin
-        matrix = matrix @ turn
-    return matrix
-
-
-def _blurred(image: Tensor, sigma: float) -> Tensor:
-    """One image (C, *S) convolved with a Gaussian of ``sigma`` voxels along every axis; borders repeat."""
-    offsets = torch.arange(-3, 4, dtype=torch.float32, device=image.device)
-    weights = torch.exp(-(offsets**2) / (2 * sigma**2))
-    kernel = (weights / weights.sum()).tolist()
-    for axis in range(1, image.ndim):
-        n = image.shape[axis]
-        index = torch.arange(n, device=image.device)
-        image = sum(
-            (
-                image.index_select(axis, (index + o).clamp(0, n - 1)) * w
-                for o, w in zip(range(-3, 4), kernel, strict=True)
-            ),
-            torch.zeros_like(image),
-        )
-    return image
-
-
-def _low_resolution(image: Tensor, zoom: float) -> Tensor:
-    """One image (C, *S) sampled on a grid ``zoom`` times as dense and brought back linearly."""
-    small = [max(1, round(n * zoom)) for n in image.shape[1:]]
-    coarse = F.interpolate(image[None], size=small, mode="nearest-exact")
-    return F.interpolate(coarse, size=image.shape[1:], mode="bilinear" if image.ndim == 3 else "trilinear")[0]
-
-
-def _gamma(images: Tensor, gamma: Tensor, inverted: Tensor) -> Tensor:
-    """Gamma curves per image over its own range, mean and spread kept; on the negative where ``inverted``."""
-    if bool((gamma == 1).all()):
-        return images
-    axes = tuple(range(2, images.ndim))
-    mean, std = images.mean(axes, keepdim=True), images.std(axes, keepdim=True)
-    sign = torch.where(inverted, -1.0, 1.0)
-    x = images * sign
-    low, high = x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
+def _curve(image: Tensor, gamma: float, inverted: bool) -> None:
+    """A gamma curve over the range of one channel, in place; mean and spread are kept; on the negative if inverted."""
+    low, high = image.aminmax()
+    mean = image.mean()
+    spread = torch.linalg.vector_norm(image.sub_(mean))
     span = (high - low).clamp(min=1e-7)
-    curved = ((x - low) / span).clamp(min=0) ** gamma * span + low
-    curved = curved * sign
-    restored = (curved - curved.mean(axes, keepdim=True)) / curved.std(axes, keepdim=True).clamp(min=1e-7) * std + mean
-    return torch.where(gamma == 1, images, restored)
+    if inverted:
+        image.neg_().add_(high - mean)
+    else:
+        image.add_(mean - low)
+    image.div_(span).clamp_(min=0).log_().mul_(gamma).exp_()  # two and a half times as fast as a power
+    image.sub_(image.mean())
+    spread = spread / torch.linalg.vector_norm(image).clamp(min=1e-7)
+    image.mul_(-spread if inverted else spread).add_(mean)

@@ -178,7 +178,7 @@ class Learner:
         self.network.mark_forward_method("multiscale")
         self.ema = {name: t.detach().clone() for name, t in self.network.module.state_dict().items()}
         self.loss = DeepSupervision(DiceBCELoss(exclusive=True))
-        self.augmentation = Augmentation(tuple(s or 1.0 for s in plan.spacing[: plan.dims]), plan.mirror)
+        self.augmentation = Augmentation.of(plan)
         self.epoch_steps = max(MIN_STEPS, math.ceil(len(self.training) / self.batch))
         self.total_steps = None if config.minutes else (config.epochs or 100) * self.epoch_steps
         self.validation_s = 0.0

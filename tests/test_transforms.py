@@ -1,8 +1,7 @@
-"""Preprocessing against nibabel and plain numpy; augmentation against what each change must do."""
+"""Preprocessing against nibabel and plain numpy."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -14,7 +13,6 @@ from conftest import geometries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medseg.augmentation import Augmentation
 from medseg.losses import IGNORE
 from medseg.patches import PreparedCase, draw_batch
 from medseg.plan import ChannelPlan, Plan, StructurePlan
@@ -143,78 +141,6 @@ class TestNormalise:
             normalise(np.ones((2, 2, 3, 4)), [ChannelPlan(name="m", scheme="zscore")])
         with pytest.raises(ValueError, match="voxels must be finite, got NaN or Inf in channel m"):
             normalise(np.full((1, 2, 3, 4), np.nan), [ChannelPlan(name="m", scheme="zscore")])
-
-
-def blob(dims: int, size: tuple[int, ...], at: tuple[float, ...]) -> torch.Tensor:
-    axes = torch.meshgrid(*[torch.arange(n, dtype=torch.float32) for n in size], indexing="ij")
-    return torch.exp(-sum((a - c) ** 2 for a, c in zip(axes, at, strict=True)) / 18)
-
-
-KNOWN = torch.ones(16, 1, dtype=torch.bool)
-
-
-class TestAugmentation:
-    @pytest.mark.parametrize("size", [(24, 31), (17, 24, 21)])
-    def test_image_and_label_move_together(self, size: tuple[int, ...]) -> None:
-        centre = tuple(n * 0.4 for n in size)
-        image = blob(len(size), size, centre)
-        labels = (image > 0.3).long()
-        spacing = (1.0, 2.0, 1.5)[: len(size)]
-        augment = Augmentation(spacing, mirror=(0, 1), spatial_chance=1.0)
-        images, moved = augment._move(
-            image.expand(6, 1, *size), labels.expand(6, *size), torch.Generator().manual_seed(1)
-        )
-        for one, label in zip(images[:, 0], moved, strict=True):
-            agreement = ((one > 0.3) == (label == 1)).float().mean()
-            assert agreement > 0.97
-            assert not torch.equal(label, labels)
-
-    def test_rotation_is_in_millimetres(self) -> None:
-        """A quarter turn on an anisotropic grid maps a point 8 mm away on one axis to 8 mm away on the other."""
-        size, spacing = (21, 41), (2.0, 1.0)
-        augment = Augmentation(spacing, spatial_chance=1.0, max_angle_deg=90.0, scale=(1.0, 1.0))
-        image = torch.zeros(1, 1, *size)
-        image[0, 0, 10 + 4, 20] = 1  # 8 mm from the centre
-        found = set()
-        for seed in range(40):
-            labels = image[:, 0].long()
-            grown = torch.nn.functional.max_pool2d(labels[:, None].float(), 3, 1, 1)[:, 0].long()
-            _, moved = augment._move(image, grown, torch.Generator().manual_seed(seed))
-            at = torch.nonzero(moved[0] == 1).float()
-            if len(at):
-                offset = (at.mean(0) - torch.tensor([10.0, 20.0])) * torch.tensor(spacing)
-                found.add(round(float(offset.norm())))
-        assert found <= {7, 8, 9}
-
-    def test_mirroring_only_flips_what_it_may(self) -> None:
-        labels = torch.arange(60).view(1, 3, 4, 5).expand(16, 3, 4, 5)
-        augment = Augmentation((1.0, 1.0, 1.0), mirror=(1,), spatial_chance=0.0)
-        _, moved, _ = augment(labels[:, None].float(), labels, KNOWN[:16], torch.Generator().manual_seed(3))
-        flipped = [torch.equal(m, labels[0].flip(1)) for m in moved]
-        same = [torch.equal(m, labels[0]) for m in moved]
-        assert all(a != b for a, b in zip(flipped, same, strict=True))
-        assert 3 < sum(flipped) < 13
-
-    def test_same_generator_same_result_and_the_input_is_untouched(self) -> None:
-        images, labels = torch.randn(4, 2, 12, 10, 8), torch.randint(0, 3, (4, 12, 10, 8))
-        before = images.clone()
-        augment = Augmentation((1.0, 1.0, 3.0), mirror=(0,))
-        a = augment(images, labels, KNOWN[:4], torch.Generator().manual_seed(5))
-        b = augment(images, labels, KNOWN[:4], torch.Generator().manual_seed(5))
-        c = augment(images, labels, KNOWN[:4], torch.Generator().manual_seed(6))
-        assert torch.equal(a[0], b[0])
-        assert torch.equal(a[1], b[1])
-        assert not torch.equal(a[0], c[0])
-        assert torch.equal(images, before)
-        assert torch.isfinite(a[0]).all()
-        assert set(a[1].unique().tolist()) <= {0, 1, 2}
-
-    def test_thick_slices_are_not_tilted(self) -> None:
-        from medseg.augmentation import _rotation
-
-        matrix = _rotation((0.3, 0.4, 0.5), 3, only_about=2)
-        assert torch.allclose(matrix[2], torch.tensor([0.0, 0, 1]))
-        assert matrix[0, 0] == pytest.approx(math.cos(0.5))
 
 
 @dataclass(frozen=True)
