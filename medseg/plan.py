@@ -1,150 +1,44 @@
 """From a look at the data to an explained plan of what is trained and how.
 
 The fingerprint is one streaming pass over the cases; the rules follow nnU-Net's published ones (Isensee et al. 2021,
-doi:10.1038/s41592-020-01008-z) where they are about the data, and fit patch, batch and width to the machine.
+doi:10.1038/s41592-020-01008-z) where they are about the data, and fit patch, batch, width and precision to the memory,
+the speed of this machine and the time there is.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, Self
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-from pydantic import model_validator
 
-from medseg.config import Record
 from medseg.data import Case, Dataset
 from medseg.fingerprint import CaseFingerprint, fingerprint
 from medseg.models import MODELS
-from medseg.volume import Structure, default_color
+from medseg.network_plan import MIN_EDGE, Network, fit_memory, fit_patch, free_bytes, parse_bytes, widths
+from medseg.plan_record import ANY, FORMAT, ChannelPlan, Plan, StructurePlan
+from medseg.plan_structures import choose_mirror, choose_structures
+from medseg.probe import fastest_precision, step_seconds
 
-__all__ = ["ChannelPlan", "Plan", "StructurePlan", "make_plan"]
+__all__ = ["ANY", "FORMAT", "ChannelPlan", "Plan", "StructurePlan", "make_plan"]
 
-FORMAT = 1  # of plan and run folder; a run of another format is refused
-MIN_EDGE = 4  # no axis is pooled below this many voxels
 CPU_BATCH_VOXELS = 360_000  # about half a second a step on two cores at 16 to 128 features
 GPU_BATCH_VOXELS = 4_000_000
+MOST_PATCHES = 16  # in a batch
+ENCODER_DIVISOR = 32  # of patches of networks around an image classifier
+CPU_WIDTHS = (16, 24, 32)  # features of the finest stage; wider where there is time
+GPU_WIDTHS = (32,)
+CPU_SHARE, GPU_SHARE = 0.5, 0.85  # of the free memory, where none is given
+PROGRAM_BYTES = 700_000_000  # what the program takes before any network: libraries, or the GPU's context
+TRAINING_SHARE = 0.85  # of the minutes; reading, validation and reports take the rest
+FEW_STEPS = 400  # a training of fewer halves its batch
+MANY_STEPS = 3000  # that a wider network must have
+FEW_SLICES = 8  # a stack of fewer is trained slice by slice
+THICK_SLICES = 10.0  # and so are slices that many times as thick as their voxels are wide
 BLANK = 0.25  # share of an image at its lowest value from which that counts as outside the body
 BLANK_INSIDE = 0.005  # unless so many of the structures' own voxels hold it
-SHORT_MINUTES = 5  # trainings below this halve the batch
-
-
-class ChannelPlan(Record):
-    """How one image channel is normalised.
-
-    "ct": clip to [low, high] HU, then (x - mean) / std of the training set's foreground. "zscore": clip to the image's
-    own 0.5 and 99.5 percentiles, then its own mean and standard deviation; where ``masked`` these are of the voxels
-    above its lowest value alone, and voxels that are blank all around are background. "color": (x - mean) / std of the
-    training set.
-    """
-
-    name: str
-    scheme: Literal["ct", "zscore", "color"]
-    masked: bool = False
-    low: float = 0.0
-    high: float = 0.0
-    mean: float = 0.0
-    std: float = 1.0
-
-
-class StructurePlan(Record):
-    """One structure that is learnt: voxels whose value in the label file is one of ``values``.
-
-    A region unites several labels: its ``labels`` name them; a plain structure is its own number.
-    """
-
-    number: int
-    name: str
-    color: tuple[int, int, int]
-    labels: tuple[int, ...] = ()
-
-    @property
-    def values(self) -> tuple[int, ...]:
-        """Values of label files that belong to the structure."""
-        return self.labels or (self.number,)
-
-
-class Plan(Record):
-    """What is trained and how; every entry can be set by hand, ``reasons`` says where each comes from.
-
-    Spacing (mm), patch, strides and kernels are along the axes of ``orientation``; a spacing of None keeps the slices
-    as they are (2D networks see one slice at a time along the last axis).
-
-    Structures are exclusive (softmax, channel 0 the background) or, where ``overlapping``, each has a sigmoid of its own
-    and there is no channel for the background. Voxels of the value ``ignore`` in label files do not count. ``swaps``
-    pairs the numbers of left and right structures, which change places when an image is mirrored.
-    """
-
-    format: int = FORMAT
-    model: str
-    dims: Literal[2, 3]
-    channels: tuple[ChannelPlan, ...]
-    structures: tuple[StructurePlan, ...]
-    orientation: str | None
-    spacing: tuple[float, float, float | None]
-    patch: tuple[int, ...]
-    batch: int
-    features: tuple[int, ...]
-    strides: tuple[tuple[int, ...], ...]
-    kernels: tuple[tuple[int, ...], ...]
-    mirror: tuple[int, ...]
-    overlapping: bool = False
-    ignore: int | None = None
-    swaps: tuple[tuple[int, int], ...] = ()
-    reasons: Mapping[str, str] = {}
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.format != FORMAT:
-            raise ValueError(f"format of a plan must be {FORMAT}, got {self.format}; plan anew")
-        if self.model not in MODELS or MODELS[self.model].dims != self.dims:
-            raise ValueError(f"model must be one of {', '.join(MODELS)} and fit dims, got {self.model} and {self.dims}")
-        for name in ("patch", *("strides",) * bool(self.strides), "kernels"):
-            rows = getattr(self, name) if name != "patch" else (self.patch,)
-            if any(len(row) != self.dims or min(row) < 1 for row in rows):
-                raise ValueError(f"{name} must be {self.dims} positive numbers each, got {getattr(self, name)}")
-        if len(self.features) != len(self.strides) + 1 or len(self.kernels) != len(self.features):
-            raise ValueError("features must be one more than strides and as many as kernels, got other numbers")
-        if min(self.batch, *self.features) < 1 or any(s is not None and not s > 0 for s in self.spacing):
-            raise ValueError("batch, features and spacing must be positive, got a value that is not")
-        if any(not 0 <= a < self.dims for a in self.mirror):
-            raise ValueError(f"mirror must name axes below {self.dims}, got {self.mirror}")
-        numbers = [s.number for s in self.structures]
-        if not numbers or len(set(numbers)) < len(numbers) or min(numbers) < 1:
-            raise ValueError(f"structures must have distinct numbers of at least 1, got {numbers}")
-        if not {n for pair in self.swaps for n in pair} <= set(numbers):
-            raise ValueError(f"swaps must pair numbers of structures, got {self.swaps}")
-        if self.ignore in {v for s in self.structures for v in s.values}:
-            raise ValueError(f"ignore must be a label of no structure, got {self.ignore}")
-        return self
-
-    @property
-    def outputs(self) -> int:
-        """Channels of the logits: the structures, and the background where they are exclusive."""
-        return len(self.structures) + (not self.overlapping)
-
-    def summary(self) -> dict[str, str]:
-        """Each entry in words, in the order of the plan."""
-        by = " x "
-        spacing = by.join("native" if s is None else f"{s:g}" for s in self.spacing)
-        return {
-            "model": self.model,
-            "channels": "; ".join(f"{c.name}: {c.scheme}" for c in self.channels),
-            "structures": ", ".join(f"{s.number} {s.name}" for s in self.structures),
-            "orientation": self.orientation or "as stored",
-            "spacing": f"{spacing} mm",
-            "patch": by.join(map(str, self.patch)),
-            "batch": str(self.batch),
-            "features": ", ".join(map(str, self.features)),
-            "strides": ", ".join(by.join(map(str, s)) for s in self.strides),
-            "kernels": ", ".join(by.join(map(str, k)) for k in self.kernels),
-            "mirror": ", ".join(f"axis {a}" for a in self.mirror) or "off",
-        }
-
-    def as_structures(self) -> tuple[Structure, ...]:
-        """The structures of predicted label maps."""
-        return tuple(Structure(s.number, s.name, s.color) for s in self.structures)
 
 
 def make_plan(
@@ -153,38 +47,60 @@ def make_plan(
     *,
     model: str | None = None,
     device: str = "cpu",
+    memory: str | None = None,
     minutes: float | None = None,
     spacing: tuple[float, float, float] | None = None,
+    overlapping: bool = False,
     workers: int = 2,
     progress: Callable[[int], None] | None = None,
 ) -> Plan:
-    """Plan preprocessing, patch, batch and network for a data set, with a reason for each choice.
+    """Plan preprocessing, patch, batch, network and precision for a data set, with a reason for each choice.
 
     Parameters
     ----------
     dataset : Dataset
-        The set; its declared channels and labels are used where there are any.
+        The set; its declared channels, labels, regions and ignore label are used where there are any.
     cases : sequence of Case, optional
         The training cases, all by default: nothing of the validation cases enters the plan.
     model : str, optional
-        A name of ``MODELS``; by default "unet2d" for pictures and "unet3d" for volumes.
+        A name of ``MODELS``; by default "unet2d" for pictures and for few or very thick slices, else "unet3d".
     device : str
-        "cpu" or "cuda...": decides patch, batch and width.
+        "cpu" or "cuda...": decides patch, batch, width and precision.
+    memory : str, optional
+        What the whole training may take ("4GB"); by default half of the machine's free memory, or 85 % of the GPU's.
+        Batch, patch and features shrink, in this order, until a step fits; the reasons say so.
     minutes : float, optional
-        Time there will be: a short training takes more and smaller steps.
+        Time there will be. A short training takes smaller batches, a long one a wider network where the machine is fast
+        enough for it, by timing a few steps.
     spacing : (3,) tuple of float (mm), optional
         Spacing along the axes of the planned orientation, instead of the median; coarser is faster.
+    overlapping : bool
+        Whether each structure gets a sigmoid of its own even if the labels exclude each other.
+    workers : int
+        Threads that read the cases.
+    progress : callable, optional
+        Called with the number of cases looked at.
 
     Raises
     ------
     ValueError
-        If there is no case, no label, a label that is not declared, or a model that does not fit the images.
+        If there is no case, no label, a label that is not declared, a model that does not fit the images, or too little
+        memory for the smallest network.
+
+    Notes
+    -----
+    Time: one pass over the files, then a second or two of trial steps (a few more where ``minutes`` leave room for a
+    wider network). Memory and time of the training grow linearly with the voxels of a batch; memory grows linearly and
+    time with the square of the features.
     """
     cases = [c for c in (dataset.cases if cases is None else cases) if c.label is not None]
     if not cases:
         raise ValueError(f"data set must hold labelled cases, got none in {dataset.root}")
-    looks = fingerprint(cases, workers=workers, progress=progress)
+    united = any(ANY in labels for labels in (getattr(dataset, "regions", None) or {}).values())
+    looks = fingerprint(cases, united=united, workers=workers, progress=progress)
     reasons: dict[str, str] = {}
+    structures, overlapping = choose_structures(looks, dataset, overlapping, reasons)
+    channels = _choose_normalisation(looks, dataset, reasons)
     model = _choose_model(looks, model, reasons)
     dims = MODELS[model].dims
     orientation, planned, shape = _choose_grid(looks, dims, reasons)
@@ -192,42 +108,20 @@ def make_plan(
         shape = tuple(max(1, round(n * (p or s) / s)) for n, p, s in zip(shape, planned, spacing, strict=True))  # type: ignore
         planned = (spacing[0], spacing[1], spacing[2] if dims == 3 else None)
         reasons["spacing"] = "asked for"
-    structures = _choose_structures(looks, dataset, reasons)
-    on_gpu = device.startswith("cuda")
-    budget = GPU_BATCH_VOXELS if on_gpu else CPU_BATCH_VOXELS
-    if minutes is not None and minutes < SHORT_MINUTES:
-        budget //= 2
-    patch, strides, kernels = _choose_patch(shape[:dims], [s or 1.0 for s in planned[:dims]], budget // 2, reasons)
-    widths = (32, 64, 128, 256, 320, 320, 320) if on_gpu else (16, 32, 64, 128, 160, 160, 160)
-    why = "room on the GPU" if on_gpu else "what a CPU trains in minutes"
-    reasons["features"] = f"{widths[0]} in the finest stage, doubled per stage: {why}"
-    voxels = int(np.prod(patch))
-    batch = int(np.clip(budget // voxels, 2, 16))
-    reasons["batch"] = (
-        f"{batch} patches of {voxels} voxels: about {budget} voxels a step on the {'GPU' if on_gpu else 'CPU'}"
-    )
-    return Plan(
-        model=model,
-        dims=dims,  # type: ignore[arg-type]
-        channels=_choose_normalisation(looks, dataset, reasons),
-        structures=structures,
-        orientation=orientation,
-        spacing=planned,
-        patch=patch,
-        batch=batch,
-        features=widths[: len(strides) + 1],
-        strides=strides,
-        kernels=kernels,
-        mirror=_choose_mirror(structures, dims, orientation, reasons),
-        reasons=reasons,
-    )
+    mirror, swaps = choose_mirror(structures, dims, orientation, reasons)
+    base = {
+        "model": model, "dims": dims, "channels": channels, "structures": structures, "orientation": orientation,
+        "spacing": planned, "mirror": mirror, "swaps": swaps, "overlapping": overlapping,
+        "ignore": getattr(dataset, "ignore", None), "encoder": MODELS[model].encoder,
+    }  # fmt: skip
+    machine = _Machine(device, memory, minutes)
+    return _choose_network(base, shape[:dims], [s or 1.0 for s in planned[:dims]], machine, reasons)
 
 
 def _choose_model(looks: Sequence[CaseFingerprint], model: str | None, reasons: dict[str, str]) -> str:
     pictures = sum(look.picture for look in looks)
     if model is None:
-        model = "unet2d" if pictures == len(looks) else "unet3d"
-        reasons["model"] = "all images are single slices" if model == "unet2d" else "the images are volumes"
+        model, reasons["model"] = _two_or_three(looks, pictures == len(looks))
     elif model not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}, got {model!r}")
     else:
@@ -236,6 +130,21 @@ def _choose_model(looks: Sequence[CaseFingerprint], model: str | None, reasons: 
         one = next(look.id for look in looks if look.picture)
         raise ValueError(f"images must be volumes for {model}, got a single slice in case {one}; use --model unet2d")
     return model
+
+
+def _two_or_three(looks: Sequence[CaseFingerprint], are_pictures: bool) -> tuple[str, str]:
+    """2D or 3D U-Net, and why."""
+    if are_pictures:
+        return "unet2d", "all images are single slices"
+    spacings, shapes = (np.array([getattr(look, name) for look in looks]) for name in ("spacing", "shape"))
+    spacing, shape = np.median(spacings, axis=0), np.median(shapes, axis=0)
+    axis = int(np.argmax(spacing)) if spacing.max() > 1.05 * spacing.min() else int(np.argmin(shape))
+    ratio = spacing[axis] / np.delete(spacing, axis).max()
+    if ratio > THICK_SLICES:
+        return "unet2d", f"slice by slice: slices are {ratio:.0f} times as thick as their voxels are wide"
+    if shape[axis] < FEW_SLICES:
+        return "unet2d", f"slice by slice: {shape[axis]:.0f} slices are too few for a network across them"
+    return "unet3d", "the images are volumes"
 
 
 def _choose_grid(
@@ -274,84 +183,140 @@ def _choose_grid(
     return orientation, (rounded[0], rounded[1], rounded[2] if dims == 3 else None), shape  # type: ignore[return-value]
 
 
-def _choose_structures(
-    looks: Sequence[CaseFingerprint], dataset: Dataset, reasons: dict[str, str]
-) -> tuple[StructurePlan, ...]:
-    seen: Counter[int] = Counter()
-    for look in looks:
-        seen.update({n: c for n, c in look.counts.items() if n > 0})
-    negative = [look.id for look in looks if min(look.counts, default=0) < 0]
-    if negative:
-        raise ValueError(f"labels must be at least 0, got a negative label in case {negative[0]}; run medseg check")
-    if not seen:
-        raise ValueError("labels must mark at least one structure, got only background; run medseg check")
-    declared = dataset.labels
-    if declared is not None:
-        for look in looks:
-            strange = [n for n in look.counts if n > 0 and n not in declared]
-            if strange:
-                raise ValueError(
-                    f"labels must be declared ({', '.join(map(str, declared))}), got {strange[0]} in case {look.id}; "
-                    "run medseg check"
-                )
-    if len(seen) > 255:
-        raise ValueError(f"labels must be at most 255 structures, got {len(seen)}; are these instances?")
-    found = {n: name for look in looks for n, name in look.names.items()}
-    names = dict(declared) if declared is not None else {n: found.get(n, f"label {n}") for n in sorted(seen)}
-    absent = [f"{name} ({n})" for n, name in names.items() if n not in seen]
-    if absent:
-        raise ValueError(
-            f"structures must occur in the training cases, got none of {', '.join(absent)}; drop the label"
+# ---------------------------------------------------------------------------------------------------------------------
+# The network and the machine
+
+
+@dataclass(frozen=True)
+class _Machine:
+    """What there is to train with: device, memory ("4GB") and minutes."""
+
+    device: str
+    memory: str | None
+    minutes: float | None
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.device.startswith("cuda")
+
+    def room(self) -> tuple[int, str]:
+        """Bytes for a training step, and where they come from."""
+        if self.memory is None:
+            share = GPU_SHARE if self.is_gpu else CPU_SHARE
+            free = free_bytes(self.device)
+            return int(free * share), f"{free * share / 1e9:.1f} GB, {100 * share:.0f} % of what is free"
+        given = parse_bytes(self.memory)
+        if given <= PROGRAM_BYTES:
+            raise ValueError(
+                f"memory must be more than the {PROGRAM_BYTES / 1e6:.0f} MB that the program itself takes, got "
+                f"{self.memory}; give more"
+            )
+        return given - PROGRAM_BYTES, f"{self.memory}, of which the program itself takes {PROGRAM_BYTES / 1e9:.1f} GB"
+
+    def steps(self, seconds: float) -> int:
+        """Steps that the minutes allow."""
+        return int(60 * (self.minutes or 0) * TRAINING_SHARE / max(seconds, 1e-6))
+
+
+@dataclass(frozen=True)
+class _Sketch:
+    """What of a plan follows from the data alone, and what there is to train it with."""
+
+    base: Mapping[str, Any]
+    shape: Sequence[int]  # of the median image
+    spacing: Sequence[float]  # mm
+    machine: _Machine
+    bytes: int
+
+    def network(self, voxels: int, first: int, precision: str) -> tuple[Network, list[str]]:
+        """The network with so many voxels in a batch and features in its first stage, and how it shrank to fit."""
+        patch, strides, kernels = fit_patch(self.shape, self.spacing, voxels // 2)
+        network = Network(
+            inputs=len(self.base["channels"]),
+            outputs=len(self.base["structures"]) + (not self.base["overlapping"]),
+            patch=patch,
+            batch=int(np.clip(voxels // math.prod(patch), 2, MOST_PATCHES)),
+            features=widths(first, len(kernels)),
+            strides=strides,
+            kernels=kernels,
         )
-    reasons["structures"] = (
-        "declared by the data set" if declared is not None else "the values present, named as in the label files"
+        return fit_memory(network, self.spacing, precision, self.bytes)
+
+    def plan(self, network: Network, precision: str) -> Plan:
+        options: dict[str, Any] = {"features": network.features, "strides": network.strides, "kernels": network.kernels}
+        patch = network.patch
+        if self.base["encoder"] is not None:
+            options = {}
+            patch = tuple(-(-n // ENCODER_DIVISOR) * ENCODER_DIVISOR for n in patch)
+        return Plan(**self.base, **options, patch=patch, batch=network.batch, precision=precision)  # type: ignore[arg-type]
+
+
+def _choose_network(
+    base: Mapping[str, Any], shape: Sequence[int], spacing: Sequence[float], machine: _Machine, reasons: dict[str, str]
+) -> Plan:
+    """Patch, batch, features and precision: the usual ones, made to fit first the memory and then the time."""
+    room, room_from = machine.room()
+    sketch = _Sketch(base, shape, spacing, machine, room)
+    voxels = GPU_BATCH_VOXELS if machine.is_gpu else CPU_BATCH_VOXELS
+    first, *wider = GPU_WIDTHS if machine.is_gpu else CPU_WIDTHS
+    tried = "bf16-mixed" if machine.is_gpu else "32-true"
+    precision, reasons["precision"], seconds = fastest_precision(
+        sketch.plan(sketch.network(voxels, first, tried)[0], tried), machine.device
     )
-    return tuple(StructurePlan(number=n, name=names[n], color=default_color(n)) for n in sorted(names))
+    timed = machine.minutes is not None and math.isfinite(seconds)
+    time = ""
+    if timed and machine.steps(seconds) < FEW_STEPS:
+        time = f"; half the usual, as {seconds:.2g} s a step leave but {machine.steps(seconds)} steps"
+        voxels, seconds = voxels // 2, seconds / 2
+    network, shrunk = sketch.network(voxels, first, precision)
+    width = "what a GPU has room for" if machine.is_gpu else "what a CPU trains in minutes"
+    if timed and not shrunk:
+        network, width = _widened(sketch, network, wider, precision, seconds)
+    plan = sketch.plan(network, precision)
+    reasons |= _explained_network(sketch, network, voxels)
+    reasons["features"] = f"{network.features[0]} in the finest stage, doubled per stage: {width}"
+    need = network.training_bytes(precision)
+    reasons["batch"] += f"{time}; a step takes about {need / 1e9:.1f} GB of {room_from}"
+    if shrunk:
+        reasons["batch"] += f"; made smaller to fit: {', '.join(shrunk)}"
+    return plan.model_copy(update={"reasons": reasons})
 
 
-def _choose_patch(
-    shape: Sequence[int], spacing: Sequence[float], budget: int, reasons: dict[str, str]
-) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
-    """Patch, strides and kernels: the median image if it fits the budget, else shrunk evenly in millimetres."""
-    patch = np.asarray(shape, float)
-    while True:
-        final, strides, kernels = _poolings(patch, spacing)
-        if np.prod(final) <= budget or patch.max() <= MIN_EDGE:
+def _widened(
+    sketch: _Sketch, network: Network, wider: Sequence[int], precision: str, seconds: float
+) -> tuple[Network, str]:
+    """The widest network that still gets many steps in the time, and why."""
+    machine = sketch.machine
+    best, best_s, limit = network, seconds, ""
+    for first in wider:
+        other = replace(network, features=widths(first, len(network.features)))
+        least = best_s * first / best.features[0]  # it takes at least that long
+        if machine.steps(least) >= MANY_STEPS and other.training_bytes(precision) <= sketch.bytes:
+            least = step_seconds(sketch.plan(other, precision), machine.device)
+        if machine.steps(least) < MANY_STEPS:
+            limit = f"; {first} would leave {machine.steps(least)} or fewer, and a wider network wants {MANY_STEPS}"
             break
-        axis = int(np.argmax(np.where(patch > MIN_EDGE, patch * np.asarray(spacing), -1)))
-        patch[axis] = max(MIN_EDGE, np.floor(patch[axis] * 0.95))
-    whole = all(p >= s for p, s in zip(final, shape, strict=True))
-    median = " x ".join(map(str, shape))
-    reasons["patch"] = (
-        f"the median image ({median}), rounded up to what {len(strides)} poolings divide"
+        if other.training_bytes(precision) > sketch.bytes:
+            limit = f"; {first} would not fit the memory"
+            break
+        best, best_s = other, least
+    steps = machine.steps(best_s)
+    return best, f"{best_s:.2g} s a step, about {steps} steps in {machine.minutes:g} min{limit}"
+
+
+def _explained_network(sketch: _Sketch, network: Network, voxels: int) -> dict[str, str]:
+    by = " x "
+    median = by.join(map(str, sketch.shape))
+    count, device = math.prod(network.patch), "GPU" if sketch.machine.is_gpu else "CPU"
+    whole = all(p >= s for p, s in zip(network.patch, sketch.shape, strict=True))
+    return {
+        "patch": f"the median image ({median}), rounded up to what {len(network.strides)} poolings divide"
         if whole
-        else f"as much of the median image ({median}) as {budget} voxels hold, even in mm"
-    )
-    reasons["strides"] = f"{len(strides)} poolings, until an edge would fall below {MIN_EDGE} voxels"
-    reasons["kernels"] = "3 along axes within a factor of 2 of the finest spacing, 1 across thicker slices"
-    return final, strides, kernels
-
-
-def _poolings(
-    patch: np.ndarray, spacing: Sequence[float]
-) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
-    """Patch rounded up to what the poolings divide, strides and kernels."""
-    size, step = np.ceil(patch).astype(int), np.asarray(spacing, float)
-    strides: list[tuple[int, ...]] = []
-    kernels: list[tuple[int, ...]] = []
-    while len(strides) < 6:
-        fine = step < 2 * step.min()
-        kernels.append(tuple(3 if f else 1 for f in fine))
-        pool = (size >= 2 * MIN_EDGE) & fine
-        if not pool.any() or (pool.sum() == 1 and size[pool][0] < 3 * MIN_EDGE):
-            break
-        strides.append(tuple(2 if p else 1 for p in pool))
-        size, step = np.where(pool, -(-size // 2), size), np.where(pool, step * 2, step)
-    else:
-        kernels.append((3,) * len(patch))
-    divisor = np.prod(np.asarray(strides, int).reshape(-1, len(patch)), axis=0)
-    final = tuple(int(n) for n in -(-np.ceil(patch).astype(int) // divisor) * divisor)
-    return final, tuple(strides), tuple(kernels)
+        else f"as much of the median image ({median}) as {count} voxels hold, even in mm",
+        "batch": f"{network.batch} patches of {count} voxels: about {voxels} voxels a step on the {device}",
+        "strides": f"{len(network.strides)} poolings, until an edge would fall below {MIN_EDGE} voxels",
+        "kernels": "3 along axes within a factor of 2 of the finest spacing, 1 across thicker slices",
+    }
 
 
 def _choose_normalisation(
@@ -366,7 +331,10 @@ def _choose_normalisation(
     names = dataset.channels if len(dataset.channels) == count else tuple(f"channel {c}" for c in range(count))
     plans, why = [], []
     for c, name in enumerate(names):
-        values = np.concatenate([look.samples[c] for look in looks])
+        having = [look for look in looks if look.present[c]]
+        if not having:
+            raise ValueError(f"channels must be there in at least one training case, got none of {name}; leave it out")
+        values = np.concatenate([look.samples[c] for look in having])
         mean, std = float(values.mean()), float(values.std()) or 1.0
         declared = name.strip().lower()
         looks_ct = all(look.modality == "CT" or (look.integers and look.lowest <= -900) for look in looks)
@@ -382,36 +350,13 @@ def _choose_normalisation(
             plans.append(ChannelPlan(name=name, scheme="color", mean=mean, std=std))
             why.append(f"{name}: colour, by mean and spread of the training set")
         else:
-            blank = float(np.median([look.blank for look in looks]))
-            masked = blank > BLANK and float(np.median([look.blank_inside for look in looks])) < BLANK_INSIDE
+            blank = float(np.median([look.blank for look in having]))
+            masked = blank > BLANK and float(np.median([look.blank_inside for look in having])) < BLANK_INSIDE
             plans.append(ChannelPlan(name=name, scheme="zscore", masked=masked))
             why.append(f"{name}: no fixed unit, by each image's own mean and spread within 0.5 to 99.5 percentiles")
             if masked:
                 why[-1] += f", of the voxels above the lowest value ({100 * blank:.0f} % of an image are blank)"
+        if len(having) < len(looks):
+            why[-1] += f", missing in {len(looks) - len(having)} of {len(looks)} cases"
     reasons["channels"] = "; ".join(dict.fromkeys(why))
     return tuple(plans)
-
-
-def _choose_mirror(
-    structures: Sequence[StructurePlan], dims: int, orientation: str | None, reasons: dict[str, str]
-) -> tuple[int, ...]:
-    if orientation is None:
-        reasons["mirror"] = "off: pictures may have a fixed view"
-        return ()
-    sided = [s.name for s in structures if {"left", "right"} & _words(s.name)]
-    if sided:
-        reasons["mirror"] = f"off: left and right differ ({sided[0]})"
-        return ()
-    axis = next(a for a, letter in enumerate(orientation) if letter in "RL")
-    if axis >= dims:
-        reasons["mirror"] = "off: left and right lie across the slices"
-        return ()
-    reasons["mirror"] = "left to right only: bodies are nearly symmetric that way"
-    return (axis,)
-
-
-def _words(name: str) -> set[str]:
-    spaced = "".join(f" {ch.lower()}" if ch.isupper() else (ch if ch.isalnum() else " ") for ch in name)
-    words = set(spaced.split())
-    short = {"l": "left", "r": "right", "lt": "left", "rt": "right"}
-    return words | {short[w] for w in words if w in short}

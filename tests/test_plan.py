@@ -79,16 +79,18 @@ def test_ct_is_recognised_and_clipped_to_the_foreground(tmp_path: Path) -> None:
     assert channel.mean == pytest.approx(-900, abs=3)  # the foreground is 100 above -1000
 
 
-def test_left_and_right_forbid_mirroring(tmp_path: Path) -> None:
+def test_left_and_right_change_places_or_forbid_mirroring(tmp_path: Path) -> None:
     for n in range(2):
         write_case(tmp_path, f"case{n}", grid((20, 24, 16), (1.0, 1.0, 2.0)), names=("LeftKidney", "RightKidney"))
-    dataset = medseg.load_dataset(tmp_path)
-    assert medseg.make_plan(dataset).mirror in ((), (0,))  # names are not declared in plain folders
-    (tmp_path / "dataset.json").write_text('{"labels": {"background": 0, "LeftKidney": 1, "RightKidney": 2}}')
+    header = tmp_path / "dataset.json"
+    header.write_text('{"labels": {"background": 0, "LeftKidney": 1, "RightKidney": 2}}')
     plan = medseg.make_plan(medseg.load_dataset(tmp_path))
-    assert plan.mirror == ()
-    assert "left and right" in plan.reasons["mirror"]
+    assert (plan.mirror, plan.swaps) == ((0,), ((1, 2),))
     assert [s.name for s in plan.structures] == ["LeftKidney", "RightKidney"]
+    header.write_text('{"labels": {"background": 0, "LeftKidney": 1, "Spleen": 2}}')
+    plan = medseg.make_plan(medseg.load_dataset(tmp_path))
+    assert (plan.mirror, plan.swaps) == ((), ())
+    assert "left and right differ (LeftKidney has no counterpart)" in plan.reasons["mirror"]
 
 
 def test_patch_keeps_to_the_budget_on_big_images(tmp_path: Path) -> None:

@@ -102,23 +102,33 @@ def plan(
     *,
     out: Path | None = None,
     model: str | None = None,
+    memory: str | None = None,
+    minutes: float | None = None,
+    overlapping: bool = False,
+    set: Annotated[tuple[str, ...], arg(metavar="ENTRY=VALUE ...")] = (),
     fold: int | None = None,
     folds: int = 5,
     group: str | None = None,
     device: Device = "auto",
+    workers: int = 2,
     json: bool = False,
     force: bool = False,
 ) -> None:
-    """Look at a data set and plan its training, with a reason for each choice.
+    """Look at a data set and plan its training for the memory and the time there is, with a reason for each choice.
 
     Args:
         dataset: a folder with images/ and labels/, a Decathlon or nnU-Net folder, or a CSV
         out: write the plan as JSON, to be edited and given to train --plan
         model: a model of the table; by default 2D or 3D U-Net as the images are
+        memory: what training may take, like 4GB; by default half of the free memory, or 85 % of the GPU's
+        minutes: time there will be for the training; decides batch and width by a quick timing on this machine
+        overlapping: give each structure a probability of its own, even where labels exclude each other
+        set: entries of the plan set by hand, like batch=4 spacing=1,1,3 features=16,32,64,128 mirror=[]
         fold: plan on the training cases of this fold alone
         folds: number of folds
         group: regular expression whose group 1 on the case id is the patient
         device: where it will be trained
+        workers: threads that read cases
         json: print JSON
         force: overwrite out
     """
@@ -131,8 +141,10 @@ def plan(
         cases = parts[fold][0]
     with bar("planning") as progress:
         made = medseg.make_plan(
-            found, cases, model=model, device=str(medseg.device.pick_device(device)), progress=progress
-        )
+            found, cases, model=model, device=str(medseg.device.pick_device(device)), memory=memory, minutes=minutes,
+            overlapping=overlapping, workers=workers, progress=progress,
+        )  # fmt: skip
+    made = made.with_settings(set)
     if out:
         made.save(out, force=force)
     if json:
