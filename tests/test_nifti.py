@@ -258,11 +258,17 @@ def test_layers(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read(tmp_path / "p.nii.gz").array, probabilities)
     masks = np.stack([probabilities[0] > 0.5, probabilities[0] <= 0.3])
     write(LabelMap(masks, oblique(), structures), tmp_path / "m.nii.gz")
-    np.testing.assert_array_equal(read_labels(tmp_path / "m.nii.gz").array, masks[0] * 2 + masks[1] * 5)
+    apart = read_labels(tmp_path / "m.nii.gz")
+    np.testing.assert_array_equal(apart.exclusive().array, masks[0] * 2 + masks[1] * 5)
     masks[1, 0, 0, 0] = masks[0, 0, 0, 0] = True
+    write(LabelMap(masks, oblique(), structures), tmp_path / "o.nii.gz")
+    ours = read_labels(tmp_path / "o.nii.gz")
+    assert ours.array.dtype == bool and ours.structures == structures
+    np.testing.assert_array_equal(ours.array, masks)
+    theirs = nib.load(tmp_path / "o.nii.gz")
+    np.testing.assert_array_equal(np.asanyarray(theirs.dataobj), np.moveaxis(masks, 0, -1))
     with pytest.raises(ValueError, match=r"must not overlap .* got 'b' over 'a'.*--split"):
-        write(LabelMap(masks, oblique(), structures), tmp_path / "o.nii.gz")
-    assert not (tmp_path / "o.nii.gz").exists()
+        ours.exclusive()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from medseg.io.files import atomic_path
 from medseg.io.info import VolumeInfo
-from medseg.io.labels import exclusive_array, integer_labels, structures_from_json, structures_to_json
+from medseg.io.labels import integer_labels, structures_from_json, structures_to_json
 from medseg.volume import Geometry, GeometryError, LabelMap, Volume
 
 __all__ = ["describe", "read_label_map", "read_volume", "write"]
@@ -90,7 +90,7 @@ def read_volume(path: str | os.PathLike[str]) -> Volume:
 
 
 def read_label_map(path: str | os.PathLike[str]) -> LabelMap:
-    """Read labels: integers, or floats that hold integers; 4D only where the last axis is 1 (or medseg wrote layers).
+    """Read labels: integers, or floats that hold integers; 4D only where the last axis is 1 or medseg wrote layers.
 
     Raises
     ------
@@ -102,7 +102,8 @@ def read_label_map(path: str | os.PathLike[str]) -> LabelMap:
     structures = structures_from_json(layout.extra["structures"]) if "structures" in layout.extra else ()
     meta = _meta(layout, path)
     if layout.extra.get("layers") and len(structures) == len(array):
-        return LabelMap(array, layout.geometry, structures, meta)
+        masks = array.view(bool) if array.dtype == np.uint8 and array.max(initial=0) <= 1 else array
+        return LabelMap(masks, layout.geometry, structures, meta)
     if len(array) != 1:
         raise ValueError(
             f"label map must be 3D, got {len(array)} channels of {layout.geometry.shape} in {path}; write one file each"
@@ -364,15 +365,15 @@ def write(value: Volume | LabelMap, path: Path, *, force: bool = False) -> None:
     """Write .nii or .nii.gz: the array's own type, millimetres, sform and (where the grid is straight) qform.
 
     Names, colours and codes of structures (of an image: ``meta["structures"]``, one per channel after the background), and
-    the modality, go into a header extension; probabilities (float layers) become channels. One slab of slices is held as
-    bytes at a time.
+    the modality, go into a header extension; layers (masks that may overlap, as 0 and 1, or probabilities) become
+    channels, one per structure. One slab of slices is held as bytes at a time.
 
     Raises
     ------
     FileExistsError
         If the file exists and ``force`` is not set.
     ValueError
-        If structures overlap, those of an image do not fit its channels, or NIfTI has no such voxel type.
+        If the structures of an image do not fit its channels, or NIfTI has no such voxel type.
     """
     extra: dict[str, Any] = {"modality": value.meta["modality"]} if value.meta.get("modality") else {}
     if isinstance(value, Volume):
@@ -386,10 +387,11 @@ def write(value: Volume | LabelMap, path: Path, *, force: bool = False) -> None:
             extra["structures"] = structures_to_json(structures)
     else:
         extra["structures"] = structures_to_json(value.structures)
-        if value.is_layered and value.array.dtype != bool:
-            array, extra["layers"] = value.array, True
+        array = value.array
+        if value.is_layered:
+            extra["layers"] = True
         else:
-            array = exclusive_array(value, str(path))[None]
+            array = array[None]
     widened = {"bool": np.uint8, "float16": np.float32}
     dtype = np.dtype(widened.get(array.dtype.name, array.dtype)).newbyteorder("=")
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
