@@ -47,7 +47,7 @@ class Transfer:
             parts.append(f"{len(self.adapted)} adapted ({'; '.join(dict.fromkeys(self.adapted.values()))})")
         for names, word in ((self.new, "new"), (self.unused, "of the source unused")):
             if names:
-                parts.append(f"{len(names)} {word} ({some(names)})")
+                parts.append(f"{len(names)} {word} ({some(list(dict.fromkeys(n.split('.')[0] for n in names)))})")
         return ", ".join([*parts, *self.notes])
 
     def as_dict(self) -> dict[str, Any]:
