@@ -64,18 +64,25 @@ class Network:
             count += self.outputs * (fine + 1)
         return count
 
-    def training_bytes(self, precision: str) -> int:
-        """Memory that one training step holds at its peak, beyond what the program takes before."""
-        size = 4.0 if precision == "32-true" else HALF_BYTES
-        kept = 0.0  # elements per sample that the backward pass needs
+    def kept_bytes(self, precision: str) -> float:
+        """Memory of the activations of one step that its backward pass needs."""
+        kept = 0.0  # elements per sample
         for n, (a, b) in enumerate(pairwise((self.inputs, *self.features))):
             kept += self.voxels[n] * (a + 5 * b)
         for n, fine in enumerate(self.features[:-1]):
             kept += self.voxels[n] * 4 * fine
+        return self.batch * kept * _element_bytes(precision)
+
+    def training_bytes(self, precision: str) -> int:
+        """Memory that one training step takes at its peak, beyond what the program holds before."""
         passing = self.voxels[0] * 3 * self.features[0]  # gradients and results that come and go at the finest stage
         loss = sum(self.voxels[:-1]) * (self.outputs * LOSS_COPIES * 4 + 16)
-        step = self.batch * (size * (kept + passing) + loss)
+        step = self.kept_bytes(precision) + self.batch * (passing * _element_bytes(precision) + loss)
         return int(step + WEIGHT_BYTES * self.parameters + WORKSPACE_BYTES)
+
+
+def _element_bytes(precision: str) -> float:
+    return 4.0 if precision == "32-true" else HALF_BYTES
 
 
 def widths(first: int, stages: int) -> tuple[int, ...]:
@@ -101,7 +108,7 @@ def fit_patch(
     voxels : int
         Most voxels of a patch; no axis falls below ``MIN_EDGE`` for it.
     """
-    patch, step = np.maximum(np.asarray(shape, float), MIN_EDGE), np.asarray(spacing, float)
+    patch, step = np.maximum(np.asarray(shape, float), 1), np.asarray(spacing, float)
     while True:
         final, strides, kernels = poolings(patch, step)
         if math.prod(final) <= voxels or patch.max() <= MIN_EDGE:
