@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from medseg.cases import stem
 from medseg.crf import CRFParameters
-from medseg.data import stem
 from medseg.inference import Predictor, load_image
 from medseg.io import is_dicom, read, supported_suffix, write
 from medseg.io.files import require_free

@@ -23,6 +23,7 @@ INTENSITY_FACTOR = (
 )
 SPACING_FACTOR = 2.0
 BEFORE_LAST_NUMBER = r"(.*\d.*\D)\d+"  # of an id, where that holds a number too
+MOST_LABELS = 255  # different labels of a set
 USUAL_PARTS = 0.8  # a structure in one part in this share of the cases should be in one part in all
 
 
@@ -201,10 +202,21 @@ def _structures(dataset: Dataset, facts: Sequence[CaseFacts]) -> Iterable[Findin
         detail = f"labels count from 1 to a number that differs by case, up to {most}"
         yield Finding("note", "", "labels number objects", detail, "for one structure, make the labels binary first")
         return
+    if len(present) > MOST_LABELS:
+        detail = f"{len(present)} different labels, more than the {MOST_LABELS} that can be learnt"
+        remedy = "for instances, make the labels binary first; else look whether these are images or interpolated"
+        yield Finding("error", "", "too many labels", detail, remedy)
+        return
     for number in sorted({*names, *present}):
         title = f"{names[number]} ({number})" if number in names else f"label {number}"
-        missing = [f.case.id for f in labelled if number not in f.voxels]
-        if labelled and len(missing) == len(labelled):
+        unknown = [f.case.id for f in labelled if number not in f.voxels and number in f.case.unknown]
+        missing = [f.case.id for f in labelled if number not in f.voxels and number not in f.case.unknown]
+        if unknown:
+            detail = f"{title} was not drawn in {len(unknown)} of {len(labelled)} labelled cases"
+            yield Finding(
+                "note", "", "structure unknown in some cases", detail, "none needed: these do not count for it"
+            )
+        if labelled and not present[number]:
             yield Finding("warning", "", "structure in no case", f"{title} is declared", "check the declared numbers")
         elif missing:
             which = ", not in " + ", ".join(missing) if len(missing) <= 5 else ""
@@ -213,7 +225,7 @@ def _structures(dataset: Dataset, facts: Sequence[CaseFacts]) -> Iterable[Findin
                 "",
                 "structure missing in some cases",
                 f"{title} is in {present[number]} of {len(labelled)} labelled cases{which}",
-                "if it was not contoured there (partial labels), absence is not background: train it apart",
+                "if it was not contoured there, say so: --absent unknown, or the column unknown of a CSV",
             )
         if present[number] >= FEW_CASES:
             yield from _extra_parts(title, [(f, f.parts[number]) for f in labelled if number in f.parts])

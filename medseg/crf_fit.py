@@ -4,34 +4,34 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict
-from typing import Self
+from os import PathLike
+from pathlib import Path
+from typing import ClassVar, Self
 
 import numpy as np
 from pydantic import model_validator
 
-from medseg.config import Record
-from medseg.crf import CRFParameters, refine
-from medseg.data import Case, load_dataset
-from medseg.evaluation import score_case
-from medseg.inference import Predictor, load_image
-from medseg.io import read_labels
+from medseg.choice import Choice
+from medseg.crf import CRFParameters
+from medseg.metrics import iou, overlap
 from medseg.run import Run
+from medseg.validation import HeldOut, held_out
+from medseg.volume import LabelMap
 
 __all__ = ["CRFChoice", "crf_of_run", "fit_crf"]
 
 log = logging.getLogger("medseg")
-FILE = "crf.json"
 CASES = 12  # validation cases looked at
 LEAST_GAIN = 0.001  # of mean IoU, below which the CRF stays off
 
 
-class CRFChoice(Record):
+class CRFChoice(Choice):
     """What validation said about the CRF: settings that helped (or None), and mean IoU before and with each setting."""
 
+    file: ClassVar[str] = "crf.json"
     settings: dict[str, float] | None
     iou_before: float
     iou_with: dict[str, float]
-    cases: int
 
     @model_validator(mode="after")
     def _valid_settings(self) -> Self:
@@ -55,13 +55,12 @@ class CRFChoice(Record):
         return f"CRF {verdict} ({change}, {self.cases} validation cases)"
 
 
-def crf_of_run(run: Run) -> CRFParameters | None:
+def crf_of_run(run: Run | str | PathLike[str]) -> CRFParameters | None:
     """What ``predict --crf`` uses: the choice stored in the run (None where it does not help), else gentle defaults."""
-    path = run.path / FILE
-    if not path.is_file():
+    choice = CRFChoice.of(run.path if isinstance(run, Run) else run)
+    if choice is None:
         log.info("CRF with gentle defaults: nothing was fitted on validation")
         return CRFParameters()
-    choice = CRFChoice.load(path)
     log.info("%s", choice.reason)
     return choice.parameters
 
@@ -75,53 +74,54 @@ def candidates() -> dict[str, CRFParameters]:
     }
 
 
-def fit_crf(run: Run, *, device: str = "auto") -> CRFChoice:
-    """Try settings of the CRF on validation cases of a run, and store the choice in the run.
+def fit_crf(run: Run | str | Path, *, device: str = "auto", seconds: float = float("inf")) -> CRFChoice:
+    """Try settings of the CRF on validation cases of a run or cross-validation, and store the choice in its folder.
 
     The CRF is chosen only if it raises the mean volumetric IoU by at least 0.001.
 
     Parameters
     ----------
-    run : Run
-        A finished run whose data set is still in place.
+    run : Run or path
+        A finished run, or cross-validation, whose data set is still in place.
     device : str
         "auto", "cpu", "cuda" or "cuda:n".
+    seconds : float
+        Time there is; fewer cases are looked at where it is short.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        If the data set of the run is gone or has changed.
+        If the data set of the run is gone or has changed, or there was no time for one case.
     """
-    cases = _validation(run)[:CASES]
-    predictor = Predictor.load(run, device)
+    folder = run.path if isinstance(run, Run) else Path(run)
     settings = candidates()
     scores: dict[str, list[float]] = {name: [] for name in ("", *settings)}
-    for case in cases:
-        image, reference = load_image(case.images), read_labels(str(case.label)).exclusive()
-        labels, soft = predictor.predict(image, probabilities=True)
-        if soft is None:
-            raise ValueError(f"prediction must give probabilities, got none for {case.id}")
-        scores[""] += [row["iou"] for row in score_case(case.id, labels, reference)]
+    count = 0
+    for one in held_out(folder, device, most=CASES, seconds=seconds):
+        count += 1
+        labels, soft = one.predict()
+        scores[""] += _ious(one, labels)
         for name, parameters in settings.items():
-            refined = refine(image, soft, parameters=parameters, device=str(predictor.device))
-            labels = predictor.label_map(np.asarray(refined.array).argmax(0), image.geometry)
-            scores[name] += [row["iou"] for row in score_case(case.id, labels, reference)]
+            refined = one.predictor.refined(one.image, soft, parameters)
+            scores[name] += _ious(one, one.predictor.decided(refined))
+    if not count:
+        raise ValueError(f"time must suffice for one validation case, got {seconds:g} s; allow more")
     means = {name: float(np.nanmean(values)) for name, values in scores.items()}
     before = means.pop("")
     best = max(means, key=lambda name: means[name])
     helps = means[best] >= before + LEAST_GAIN
     choice = CRFChoice(
-        settings=asdict(settings[best]) if helps else None, iou_before=before, iou_with=means, cases=len(cases)
+        settings=asdict(settings[best]) if helps else None, iou_before=before, iou_with=means, cases=count
     )
-    choice.save(run.path / FILE, force=True)
-    return choice
+    return choice.store(folder)
 
 
-def _validation(run: Run) -> list[Case]:
-    cases = {c.id: c for c in load_dataset(run.config.dataset, group=run.config.group).cases}
-    missing = [n for n in run.validation_ids() if n not in cases or cases[n].label is None]
-    if missing:
-        raise ValueError(
-            f"data set must hold the validation cases of the run, got no {missing[0]} in {run.config.dataset}"
-        )
-    return [cases[n] for n in run.validation_ids()]
+def _ious(one: HeldOut, labels: LabelMap) -> list[float]:
+    """IoU of each structure that was drawn in the case."""
+    found = []
+    for structure in one.plan.structures:
+        if one.known(structure):
+            masks = np.stack([labels.mask(structure.number), one.truth(structure)])
+            masks = masks if one.counted is None else masks & one.counted
+            found.append(float(iou(overlap(masks[:1], masks[1:]))[0]))
+    return found

@@ -82,7 +82,9 @@ class Checkup:
                 f"  shape {shape}, spacing {spacing} mm, {', '.join(s['orientations'])}, {', '.join(s['dtypes'])}"
             )
         lines += [
-            f"  {t['name'] or 'label'} ({t['number']}): in {t['cases']} cases" for t in s["structures"][:MOST_LINES]
+            f"  {t['name'] or 'label'} ({t['number']}): in {t['cases']} cases"
+            + (f", unknown in {t['unknown']}" if t["unknown"] else "")
+            for t in s["structures"][:MOST_LINES]
         ]
         if len(s["structures"]) > MOST_LINES:
             lines.append(f"  and {len(s['structures']) - MOST_LINES} more structures")
@@ -162,9 +164,10 @@ def check(
 
 def _inspect_all(dataset: Dataset, workers: int, progress: Callable[[int, int], None] | None) -> list[CaseFacts]:
     declared = None if dataset.labels is None else frozenset(dataset.labels)
+    look = partial(inspect, declared=declared, ignore=dataset.ignore)
     pool, facts = ThreadPoolExecutor(workers), []
     try:
-        for done in pool.map(partial(inspect, declared=declared), dataset.cases):
+        for done in pool.map(look, dataset.cases):
             facts.append(done)
             if progress:
                 progress(len(facts), len(dataset.cases))
@@ -194,6 +197,7 @@ def _by_kind(findings: Iterable[Finding]) -> dict[tuple[str, str], list[Finding]
 def _summary(dataset: Dataset, facts: Sequence[CaseFacts]) -> dict[str, Any]:
     grids = [f.geometry for f in facts if f.geometry is not None]
     names, found = dict(dataset.labels or {}), Counter(n for f in facts for n in f.voxels)
+    unknown = Counter(n for f in facts if f.case.label is not None for n in set(f.case.unknown) - set(f.voxels))
     numbers = sorted({*names, *found})
     return {
         "cases": len(facts),
@@ -209,6 +213,7 @@ def _summary(dataset: Dataset, facts: Sequence[CaseFacts]) -> dict[str, Any]:
                 "number": n,
                 "name": names.get(n, ""),
                 "cases": found[n],
+                "unknown": unknown[n],
                 "voxels": sum(f.voxels.get(n, 0) for f in facts),
             }
             for n in (numbers if len(numbers) <= 150 else [])

@@ -96,11 +96,14 @@ def read_label_file(path: Path, geometry: Geometry) -> LabelFile:
     volume = read(path)
     channels = volume.array
     if len(channels) > 1 and not is_lossy and not all(np.array_equal(channels[0], c) for c in channels[1:]):
+        labels = read_labels(path)  # layers that medseg or 3D Slicer wrote
+        if labels.is_layered:
+            return LabelFile(labels.array, labels.geometry, False, labels)
         raise ValueError(f"label map must have one channel, got {len(channels)} in {path}; write one number per voxel")
     return LabelFile(channels[0], volume.geometry, is_lossy)
 
 
-def inspect(case: Case, declared: frozenset[int] | None) -> CaseFacts:
+def inspect(case: Case, declared: frozenset[int] | None, ignore: int | None = None) -> CaseFacts:
     """Read all files of a case once and collect facts and findings; memory as for one case.
 
     Parameters
@@ -108,10 +111,18 @@ def inspect(case: Case, declared: frozenset[int] | None) -> CaseFacts:
     case : Case
         What to look at.
     declared : set of int, or None
-        Numbers of the declared structures, None where nothing is declared.
+        Numbers of the declared labels, None where nothing is declared.
+    ignore : int, optional
+        Label of voxels that do not count.
     """
     facts, digest = CaseFacts(case), hashlib.blake2b(digest_size=16)
-    for path in case.images:
+    for number, path in enumerate(case.images):
+        if path is None:
+            facts.channels, facts.spreads = facts.channels + 1, (*facts.spreads, 0.0)
+            digest.update(b"missing")
+            remedy = "none needed: it counts as average intensity; networks learn to do without it"
+            facts.add("note", "channel missing", f"no file for channel {number}", remedy)
+            continue
         try:
             volume = read(path)
         except READ_ERRORS as error:
@@ -125,7 +136,7 @@ def inspect(case: Case, declared: frozenset[int] | None) -> CaseFacts:
         except READ_ERRORS as error:
             facts.add("error", "label not readable", str(error), "replace the file, or leave the case out")
         else:
-            _look_at_label(facts, label, declared)
+            _look_at_label(facts, label, declared, ignore)
     return facts
 
 
@@ -192,7 +203,7 @@ def _difference(grid: Geometry, other: Geometry) -> str:
 # Labels
 
 
-def _look_at_label(facts: CaseFacts, label: LabelFile, declared: frozenset[int] | None) -> None:
+def _look_at_label(facts: CaseFacts, label: LabelFile, declared: frozenset[int] | None, ignore: int | None) -> None:
     geometry, name = facts.geometry, facts.case.label.name if facts.case.label else ""
     if geometry is not None and label.geometry.corner_distance(geometry) > GRID_TOLERANCE_MM:
         detail = f"{name}: {_difference(label.geometry, geometry)}"
@@ -204,11 +215,12 @@ def _look_at_label(facts: CaseFacts, label: LabelFile, declared: frozenset[int] 
         labels = _whole_numbers(facts, label, name)
         if labels is None:
             return
-        numbers = [n for n in present_labels(labels) if n != 0]
+        numbers = [n for n in present_labels(labels) if n not in (0, ignore)]
         if len(numbers) > MOST_STRUCTURES:
             facts.voxels = dict(
                 zip(*(v.tolist() for v in np.unique(labels[labels != 0], return_counts=True)), strict=True)
             )
+            facts.voxels.pop(ignore or 0, None)
         else:
             _look_at_structures(facts, labels, numbers, label.geometry)
     undeclared = sorted(set(facts.voxels) - declared) if declared is not None else []
@@ -216,6 +228,10 @@ def _look_at_label(facts: CaseFacts, label: LabelFile, declared: frozenset[int] 
     if undeclared:
         counts = ", ".join(f"{n} ({facts.voxels[n]} voxels)" for n in undeclared[:5])
         facts.add("error", "labels not declared", f"{name} holds {counts}", "declare them in dataset.json or relabel")
+    both = sorted(set(facts.voxels) & set(facts.case.unknown))
+    if both:
+        detail = f"{name} holds {', '.join(map(str, both))}, declared unknown in this case"
+        facts.add("note", "unknown label is there", detail, "none needed: it counts as drawn")
     if not facts.voxels:
         facts.add("warning", "empty label", f"{name} holds background only", "check that nothing was to be labelled")
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from medseg.data import Case, Dataset, stem
+from medseg.cases import Case, Dataset, stem
 from medseg.inspection import GRID_TOLERANCE_MM, READ_ERRORS, Finding, LabelFile, read_label_file
 from medseg.io import read, write
 from medseg.io.files import atomic_folder
@@ -111,8 +111,11 @@ def _mended(repair: Repair) -> tuple[str, ...]:
 
 def _copy_case(case: Case, faults: set[str], folder: Path) -> tuple[Case, list[Repair]]:
     repairs: list[Repair] = []
-    images = []
+    images: list[Path | None] = []
     for number, source in enumerate(case.images):
+        if source is None:
+            images.append(None)
+            continue
         name = f"imagesTr/{case.id}_{number:04d}"
         images.append(_copy_image(case, source, folder, name, "NaN or infinity in image" in faults, repairs))
     label = None
@@ -129,7 +132,7 @@ def _copy_case(case: Case, faults: set[str], folder: Path) -> tuple[Case, list[R
             write(mended, folder / name)
             label = Path(name)
             repairs += [Repair(case.id, name, what, detail) for what, detail in done]
-    return Case(case.id, tuple(images), label, case.group), repairs
+    return Case(case.id, tuple(images), label, case.group, case.unknown), repairs
 
 
 def _suffix(path: Path) -> str:
@@ -180,7 +183,7 @@ def _copy_image(case: Case, source: Path, folder: Path, name: str, may_be_broken
 def _mend_label(case: Case, path: Path) -> tuple[LabelMap | None, list[tuple[str, str]]]:
     """The label as it should be and what was done to it; None where it must stay or needs nothing."""
     try:
-        geometry = read(case.images[0]).geometry
+        geometry = read(next(p for p in case.images if p is not None)).geometry
         label = read_label_file(path, geometry)
     except READ_ERRORS:
         return None, []
@@ -248,13 +251,22 @@ def _mend_grid(labels: LabelMap, geometry: Geometry) -> tuple[LabelMap, list[tup
 def _write_headers(dataset: Dataset, cases: Sequence[Case], folder: Path) -> None:
     header: dict[str, Any] = {"name": dataset.name, "numTraining": len(cases)}
     header["channel_names"] = {str(n): name for n, name in enumerate(dataset.channels)}
-    if dataset.labels is not None:
+    if dataset.regions:
+        header["labels"] = {"background": 0, **{name: list(labels) for name, labels in dataset.regions.items()}}
+        header["regions_class_order"] = list(range(1, len(dataset.regions) + 1))
+    elif dataset.labels is not None:
         names = list(dataset.labels.values())
         if len(set(names)) == len(names) and "background" not in names:
             header["labels"] = {"background": 0, **{name: n for n, name in dataset.labels.items()}}
         else:
             header["labels"] = {"0": "background", **{str(n): name for n, name in dataset.labels.items()}}
-    endings = {_suffix(folder / p) for c in cases for p in (*c.images, *([c.label] if c.label else []))}
+    if dataset.ignore is not None and "labels" in header:
+        header["labels"].update(
+            {"ignore": dataset.ignore} if "background" in header["labels"] else {str(dataset.ignore): "ignore"}
+        )
+    unknown = {c.id: list(c.unknown) for c in cases if c.unknown}
+    header |= {"unknown": unknown} if unknown else {}
+    endings = {_suffix(folder / p) for c in cases for p in (*c.images, c.label) if p is not None}
     if len(endings) == 1:
         header["file_ending"] = endings.pop()
     (folder / "dataset.json").write_text(json.dumps(header, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -266,4 +278,4 @@ def _write_headers(dataset: Dataset, cases: Sequence[Case], folder: Path) -> Non
         with (folder / "cases.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["case", *columns, "label", "group"])
-            writer.writerows([c.id, *c.images, c.label or "", c.group] for c in cases)
+            writer.writerows([c.id, *(p or "" for p in c.images), c.label or "", c.group] for c in cases)

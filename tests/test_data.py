@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.model_selection import KFold
 
-from medseg.data import Case, folds, load_dataset
+import medseg
+from medseg.data import Case, folds, load_dataset, mark_absent
+from medseg.volume import Geometry, LabelMap
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -132,8 +136,15 @@ def test_listed_files_must_exist(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"labels": {"background": 0, "whole": [1, 2]}}, "whole numbers with a name"),
-        ({"labels": {"background": 0, "a": 1, "ignore": 2}}, "ignore label are not supported"),
+        ({"labels": {"background": 0, "whole": [1, "x"]}}, "whole numbers with a name"),
+        ({"labels": {"background": 0, "whole": [0, 1]}}, "distinct labels of at least 1"),
+        ({"labels": {"background": 0, "whole": []}}, "distinct labels of at least 1"),
+        ({"labels": {"a": 1, "b": [1, 2], "ignore": 2}}, "must not hold the label to be ignored, got 2"),
+        ({"labels": {"a": 1, "b": [1, 2]}, "regions_class_order": [1]}, "one number per region"),
+        ({"unknown": {"c": [1]}}, "must name cases of the set, got c"),
+        ({"unknown": {"a": ["spleen"]}}, r"declares 1 liver, 2 cancer\), got 'spleen' for case a"),
+        ({"unknown": {"a": [3]}}, "got 3 for case a"),
+        ({"unknown": [1]}, "unknown must be like"),
         ({"labels": {"a": 1, "b": 1}}, "distinct numbers, got 1 twice"),
         ({"labels": ["liver"]}, "must be an object"),
         ({"modality": {"1": "CT"}}, 'numbered from "0"'),
@@ -155,7 +166,7 @@ def test_a_header_must_be_json(tmp_path: Path) -> None:
         load_dataset(tmp_path)
 
 
-def test_channels_must_be_complete(tmp_path: Path) -> None:
+def test_a_case_may_lack_a_channel_but_not_all_cases(tmp_path: Path) -> None:
     touch(
         tmp_path,
         "imagesTr/a_0000.nii",
@@ -164,7 +175,16 @@ def test_channels_must_be_complete(tmp_path: Path) -> None:
         "labelsTr/a.nii",
         "labelsTr/b.nii",
     )
-    with pytest.raises(ValueError, match="one image file per channel"):
+    a, b = load_dataset(tmp_path).cases
+    assert b.images == (tmp_path / "imagesTr/b_0000.nii", None)
+    assert None not in a.images
+    (tmp_path / "imagesTr/b_0000.nii").rename(tmp_path / "imagesTr/b_0001.nii")
+    assert load_dataset(tmp_path).cases[1].images == (None, tmp_path / "imagesTr/b_0001.nii")
+    (tmp_path / "imagesTr/a_0000.nii").unlink()
+    with pytest.raises(ValueError, match=r"every channel of .* must have image files"):
+        load_dataset(tmp_path)
+    touch(tmp_path, "imagesTr/a_0000.nii", "imagesTr/c.nii", "labelsTr/c.nii")
+    with pytest.raises(ValueError, match="got 1 for 'c'"):
         load_dataset(tmp_path)
 
 
@@ -199,6 +219,83 @@ def test_two_label_folders_are_ambiguous(tmp_path: Path) -> None:
         load_dataset(tmp_path)
 
 
+def test_nnunet_regions_and_ignore_label(tmp_path: Path) -> None:
+    touch(tmp_path, "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz")
+    labels = {"background": 0, "whole": [2, 1, 3], "core": [2, 3], "enhancing": 3, "ignore": 4}
+    header = {"channel_names": {"0": "T1"}, "labels": labels, "regions_class_order": [1, 2, 3]}
+    (tmp_path / "dataset.json").write_text(json.dumps(header))
+    dataset = load_dataset(tmp_path)
+    assert dataset.labels == {1: "label 1", 2: "label 2", 3: "enhancing"}
+    assert list(dataset.regions.items()) == [("whole", (2, 1, 3)), ("core", (2, 3)), ("enhancing", (3,))]
+    assert dataset.ignore == 4
+    header["labels"] = {"background": 0, "liver": 1, "ignore": 2}
+    (tmp_path / "dataset.json").write_text(json.dumps(header))
+    plain = load_dataset(tmp_path)
+    assert (plain.labels, plain.regions, plain.ignore) == ({1: "liver"}, {}, 2)
+
+
+def test_unknown_labels_of_a_header_by_number_or_name(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{p}/{n}.nii.gz" for p in ("imagesTr", "labelsTr") for n in "ab"))
+    dataset = load_dataset(decathlon(tmp_path, unknown={"a": ["Cancer", "1"], "b": [2]}))
+    assert [c.unknown for c in dataset.cases] == [(1, 2), (2,)]
+
+
+def test_a_list_of_contoured_structures(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{p}/{n}.nii.gz" for p in ("images", "labels") for n in "ab"))
+    cases = {"a": {"rois": ["Larynx", "PTV"]}, "b": {"rois": ["Cord", "Larynx"]}, "elsewhere": {"rois": []}}
+    (tmp_path / "cases.json").write_text(json.dumps({"labels": {"1": "Cord", "2": "Larynx"}, "cases": cases}))
+    dataset = load_dataset(tmp_path)
+    assert dataset.labels == {1: "Cord", 2: "Larynx"}
+    assert [c.unknown for c in dataset.cases] == [(1,), ()]
+    (tmp_path / "cases.json").write_text('{"cases": ["a", "b"]}')  # someone else's file of that name
+    assert load_dataset(tmp_path).labels is None
+
+
+def test_a_folder_of_masks_is_one_label(tmp_path: Path) -> None:
+    touch(tmp_path, "images/p1.nii.gz", "images/p2.nii.gz", "labels/p1/1_liver.nii.gz", "labels/p1/2_x y.nii.gz")
+    touch(tmp_path, "labels/p2.nii.gz")
+    assert [c.label for c in load_dataset(tmp_path).cases] == [tmp_path / "labels/p1", tmp_path / "labels/p2.nii.gz"]
+
+
+def test_numbered_pictures_in_folders_are_no_masks(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{p}/p1/{n}_slice.png" for p in ("images", "labels") for n in (1, 2)))
+    assert [c.id for c in load_dataset(tmp_path).cases] == ["1_slice", "2_slice"]
+
+
+# --- labels that nobody drew
+
+
+def save_labels(path: Path, *numbers: int) -> None:
+    array = np.zeros((5, 4, 3), np.uint8)
+    array.reshape(-1)[: len(numbers)] = numbers
+    medseg.write(LabelMap(array, Geometry.from_parts(array.shape, (1.0, 2.0, 3.0))), path)
+
+
+def test_absent_labels_are_unknown_where_asked(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"images/{n}.nii.gz" for n in "abcd"))
+    save_labels(tmp_path / "labels/a.nii.gz", 1, 2, 9)
+    save_labels(tmp_path / "labels/b.nii.gz", 2, 2)
+    save_labels(tmp_path / "labels/c.nii.gz")
+    save_labels(tmp_path / "labels/d/1_x.nii.gz", 1)
+    save_labels(tmp_path / "labels/d/4_y.nii.gz", 1, 1)
+    assert {c.unknown for c in load_dataset(tmp_path).cases} == {()}
+    found = [c.unknown for c in load_dataset(tmp_path, absent="unknown").cases]
+    assert found == [(4,), (1, 4, 9), (1, 2, 4, 9), (2, 9)]
+    header = {"labels": {"background": 0, "one": 1, "two": 2, "seven": 7, "ignore": 9}, "unknown": {"a": [1]}}
+    (tmp_path / "dataset.json").write_text(json.dumps(header))
+    seen: list[tuple[int, int]] = []
+    dataset = mark_absent(load_dataset(tmp_path), workers=2, progress=lambda *n: seen.append(n))
+    assert [c.unknown for c in dataset.cases] == [(1, 4, 7), (1, 4, 7), (1, 2, 4, 7), (2, 7)]
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    with pytest.raises(ValueError, match="absent must be 'background' or 'unknown'"):
+        load_dataset(tmp_path, absent="nothing")  # type: ignore[arg-type]
+
+
+def test_images_of_a_set_without_labels_stay_as_they_are(tmp_path: Path) -> None:
+    touch(tmp_path, "images/a.nii.gz")
+    assert load_dataset(tmp_path, absent="unknown") == load_dataset(tmp_path)
+
+
 # --- CSV
 
 
@@ -224,9 +321,28 @@ def test_csv_of_a_spreadsheet_with_semicolons(tmp_path: Path) -> None:
     assert load_dataset(write_csv(tmp_path / "s.csv", "case;image\na;a.nii\n")).cases[0].images == (tmp_path / "a.nii",)
 
 
+def test_csv_with_missing_channels_and_unknown_labels(tmp_path: Path) -> None:
+    touch(tmp_path, "a1.nii", "a2.nii", "b2.nii", "l.nii")
+    save_labels(tmp_path / "masks/1_x.nii.gz", 1)
+    text = "case,image,image_2,label,unknown\na,a1.nii,a2.nii,l.nii,3; 1\nb,,b2.nii,masks,\n"
+    a, b = load_dataset(write_csv(tmp_path / "set.csv", text)).cases
+    assert (a.unknown, b.unknown) == ((1, 3), ())
+    assert b.images == (None, tmp_path / "b2.nii")
+    assert b.label == tmp_path / "masks"
+    header = {"labels": {"background": 0, "liver": 1, "left kidney": 3}, "channel_names": {"0": "T1", "1": "T2"}}
+    (tmp_path / "dataset.json").write_text(json.dumps(header))
+    named = load_dataset(write_csv(tmp_path / "set.csv", text.replace("3; 1", "Left Kidney")))
+    assert (named.labels, named.channels) == ({1: "liver", 3: "left kidney"}, ("T1", "T2"))
+    assert named.cases[0].unknown == (3,)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("case,image,unknown\na,a.nii,liver\n", r"declares none\), got 'liver' for row 2"),
+        ("case,image,unknown\na,a.nii,0\n", "got '0' for row 2"),
+        ("case,image,image_2\na,,\n", "fill case and image or image_2"),
+        ("case,image,image_2\na,a.nii,\n", "filled in some row, got none for image_2"),
         ("case,image,lable\na,a.nii,\n", "columns must be"),
         ("case,picture\na,a.nii\n", "columns must be"),
         ("case,image,image\na,a.nii,a.nii\n", "columns must be"),
@@ -326,3 +442,15 @@ def test_real_sets(data_dir: Path) -> None:
     assert (len(heart.cases), len({c.group for c in heart.cases})) == (526, 30)
     assert all(abs(len(validation) - 526 / 5) < 5 for _, validation in folds(heart.cases))
     assert len(load_dataset(data_dir / "kvasir").cases) == 200
+
+
+@pytest.mark.data
+def test_contoured_organs_are_those_of_the_files(data_dir: Path) -> None:
+    """What ``cases.json`` lists and what the label files hold agree, so that either way gives the same."""
+    listed = load_dataset(data_dir / "openkbp")
+    if listed.labels is None:
+        pytest.skip("cases.json not found")
+    assert list(listed.labels.values())[:2] == ["Brainstem", "SpinalCord"]
+    found = mark_absent(replace(listed, cases=tuple(replace(c, unknown=()) for c in listed.cases)))
+    assert [c.unknown for c in found.cases] == [c.unknown for c in listed.cases]
+    assert sum(5 in c.unknown for c in found.cases) == 15

@@ -65,7 +65,7 @@ def test_nothing_is_said_of_a_healthy_set(healthy: Path) -> None:
     assert "nothing to report" in str(checkup)
     structures = json.loads(checkup.to_json())["summary"]["structures"]
     expected = sum(int((label_of(n) == 1).sum()) for n in range(7))
-    assert structures[0] == {"number": 1, "name": "front", "cases": 7, "voxels": expected}
+    assert structures[0] == {"number": 1, "name": "front", "cases": 7, "unknown": 0, "voxels": expected}
 
 
 def test_progress_and_threads_change_nothing(healthy: Path) -> None:
@@ -424,6 +424,75 @@ def test_masks_of_0_and_255_are_one_structure(tmp_path: Path) -> None:
     assert "0 and 255" in checkup.findings[0].detail
 
 
+# --- labels as they are
+
+
+def test_missing_channels_unknown_and_ignored_labels_are_said_and_copied(tmp_path: Path) -> None:
+    rows = ["case,image,image_2,label,unknown"]
+    for n in range(5):
+        save(tmp_path / f"x/a{n}.nii.gz", image_of(n))
+        save(tmp_path / f"x/b{n}.nii.gz", image_of(n + 30))
+        label = label_of(n)
+        label[0, 0, 0] = 3
+        label[label == 2] = 0 if n == 1 else 2
+        save(tmp_path / f"x/l{n}.nii.gz", label)
+        first = "" if n == 2 else f"x/a{n}.nii.gz"
+        rows.append(f"c{n},{first},{'' if n == 3 else f'x/b{n}.nii.gz'},x/l{n}.nii.gz,{'2' if n in (1, 4) else ''}")
+    (tmp_path / "set.csv").write_text("\n".join(rows))
+    (tmp_path / "dataset.json").write_text('{"labels": {"background": 0, "front": 1, "back": 2, "ignore": 3}}')
+    checkup = check(tmp_path / "set.csv", fix=tmp_path / "out")
+    assert kinds(checkup) == [
+        ("note", "c2", "channel missing"),
+        ("note", "c3", "channel missing"),
+        ("note", "c4", "unknown label is there"),
+        ("note", "", "structure unknown in some cases"),
+    ]
+    assert {s["name"]: (s["cases"], s["unknown"]) for s in checkup.summary["structures"]} == {
+        "front": (5, 0),
+        "back": (4, 1),
+    }
+    assert "channel 0" in next(f.detail for f in checkup.findings if f.case == "c2")
+    source, copy = load_dataset(tmp_path / "set.csv"), load_dataset(tmp_path / "out")
+    assert [c.unknown for c in copy.cases] == [c.unknown for c in source.cases]
+    assert [[p is None for p in c.images] for c in copy.cases] == [[p is None for p in c.images] for c in source.cases]
+    assert (copy.labels, copy.ignore) == (source.labels, 3)
+    assert kinds(check(copy)) == kinds(checkup)
+
+
+def test_regions_are_copied(healthy: Path, tmp_path: Path) -> None:
+    header = json.loads((healthy / "dataset.json").read_text())
+    header["labels"] = {"background": 0, "whole": [1, 2], "back": 2, "ignore": 5}
+    (healthy / "dataset.json").write_text(json.dumps(header))
+    checkup = check(healthy, fix=tmp_path / "out")
+    assert checkup.errors == ()
+    copy = load_dataset(tmp_path / "out")
+    assert dict(copy.regions) == {"whole": (1, 2), "back": (2,)}
+    assert (copy.labels, copy.ignore) == ({1: "label 1", 2: "back"}, 5)
+
+
+def test_too_many_labels_are_one_finding(tmp_path: Path) -> None:
+    for n in range(3):
+        save(tmp_path / f"images/c{n}.nii.gz", image_of(n))
+        random = np.random.default_rng(n).integers(2, 100_000, SHAPE).astype(np.int32)
+        save(tmp_path / f"labels/c{n}.nii.gz", random)
+    errors = check(tmp_path).errors
+    assert [(f.case, f.what) for f in errors] == [("", "too many labels")]
+    assert "more than the 255" in errors[0].detail
+
+
+def test_layers_that_overlap_are_looked_at_one_by_one(tmp_path: Path) -> None:
+    for n in range(5):
+        save(tmp_path / f"images/c{n}.nii.gz", image_of(n))
+        for name, number in (("1_front", 1), ("2_back", 2)):
+            mask = (label_of(n) == number).astype(np.uint8)
+            mask[4:9, 3:6, 2:4] = 1
+            save(tmp_path / f"labels/c{n}/{name}.nii.gz", mask)
+    checkup = check(tmp_path, fix=tmp_path / "out")
+    assert kinds(checkup) == []
+    assert [s["cases"] for s in checkup.summary["structures"]] == [5, 5]
+    assert [c.label and c.label.is_dir() for c in load_dataset(tmp_path / "out").cases] == [True] * 5
+
+
 # --- real data
 
 
@@ -443,8 +512,11 @@ def test_hippocampus(data_dir: Path) -> None:
 def test_partial_labels_of_real_ct(data_dir: Path) -> None:
     checkup = check(data_dir / "openkbp")
     assert not [f for f in checkup.findings if f.severity != "note"]
-    missing = [f.detail for f in checkup.findings if f.what == "structure missing in some cases"]
-    assert missing == ["label 5 is in 34 of 49 labelled cases", "label 6 is in 37 of 49 labelled cases"]
+    unknown = [f.detail for f in checkup.findings if f.what == "structure unknown in some cases"]
+    assert unknown == [
+        "Esophagus (5) was not drawn in 15 of 49 labelled cases", "Larynx (6) was not drawn in 12 of 49 labelled cases"
+    ]  # fmt: skip
+    assert "Esophagus (5): in 34 cases, unknown in 15" in str(checkup)
 
 
 @pytest.mark.data

@@ -7,6 +7,7 @@ file imports neither pydicom nor SimpleITK.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -18,7 +19,17 @@ import numpy as np
 from medseg.io.info import VolumeInfo
 from medseg.volume import DicomError, Geometry, LabelMap, Volume
 
-__all__ = ["VolumeInfo", "is_dicom", "list_series", "read", "read_channels", "read_labels", "supported_suffix", "write"]
+__all__ = [
+    "VolumeInfo",
+    "is_dicom",
+    "is_mask_folder",
+    "list_series",
+    "read",
+    "read_channels",
+    "read_labels",
+    "supported_suffix",
+    "write",
+]
 
 PathLike = str | os.PathLike[str]
 
@@ -36,6 +47,7 @@ _FORMATS = {
     ".tiff": "picture",
     ".bmp": "picture",
 }
+_MASK = re.compile(r"[1-9]\d*_.")
 _DICOM_SUFFIXES = (".dcm", ".ima", ".zip")
 
 
@@ -66,6 +78,15 @@ def is_dicom(path: PathLike) -> bool:
         head = file.read(132)
     # Old files lack the preamble and begin with group 0002 or 0008, in either byte order.
     return head[128:] == b"DICM" or head[:2] in (b"\x02\x00", b"\x08\x00", b"\x00\x08")
+
+
+def is_mask_folder(path: PathLike) -> bool:
+    """Whether it is a folder that holds image files, all of them named ``<number>_<name>`` as masks of structures are."""
+    path = Path(path)
+    if not path.is_dir():
+        return False
+    names = [p.name for p in path.iterdir() if not p.name.startswith(".")]
+    return bool(names) and all(supported_suffix(n) and _MASK.match(n) for n in names)
 
 
 def _existing(path: PathLike) -> Path:
@@ -119,20 +140,38 @@ def read(path: PathLike, series: str | None = None) -> Volume:
     return volume
 
 
-def read_channels(paths: Sequence[PathLike]) -> Volume:
+def read_channels(paths: Sequence[PathLike | None]) -> Volume:
     """Read the channels of one image from one file each (or from one file that holds them all).
+
+    Parameters
+    ----------
+    paths : sequence of path or None
+        None for a channel that is missing: its voxels are 0, and ``meta["missing_channels"]`` holds its index.
 
     Raises
     ------
     GeometryError
         If the files do not lie on one grid; the message tells how far apart their corners are.
+    ValueError
+        If every channel is missing, or one is and a file holds several.
     """
-    first, *others = (read(path) for path in paths)
-    for path, volume in zip(paths[1:], others, strict=True):
-        first.geometry.require_close(volume.geometry, f"channels {Path(paths[0]).name} and {Path(path).name}")
-    if not others:
+    there = [path for path in paths if path is not None]
+    if not there:
+        raise ValueError(f"image must have at least one channel, got none of {len(paths)}")
+    first, *others = volumes = [read(path) for path in there]
+    for path, volume in zip(there[1:], others, strict=True):
+        first.geometry.require_close(volume.geometry, f"channels {Path(there[0]).name} and {Path(path).name}")
+    if len(paths) == 1:
         return first
-    return replace(first, array=np.concatenate([first.array, *(volume.array for volume in others)]))
+    if len(there) == len(paths):
+        return replace(first, array=np.concatenate([volume.array for volume in volumes]))
+    several = next((path for path, volume in zip(there, volumes, strict=True) if volume.channels > 1), None)
+    if several is not None:
+        raise ValueError(f"files must hold one channel each where another is missing, got several in {several}")
+    array = np.zeros((len(paths), *first.geometry.shape), np.result_type(*(v.array.dtype for v in volumes)))
+    array[[n for n, path in enumerate(paths) if path is not None]] = [volume.array[0] for volume in volumes]
+    missing = tuple(n for n, path in enumerate(paths) if path is None)
+    return replace(first, array=array, meta={**first.meta, "missing_channels": missing})
 
 
 def read_labels(
@@ -143,7 +182,8 @@ def read_labels(
     Parameters
     ----------
     path : path
-        A NIfTI, NRRD, MetaImage, PNG, TIFF or BMP file, a DICOM-SEG or RTSTRUCT (or the folder that holds just one).
+        A NIfTI, NRRD, MetaImage, PNG, TIFF or BMP file, a DICOM-SEG or RTSTRUCT (or the folder that holds just one), or
+        a folder of masks ``<number>_<name>.nii.gz``, one per structure.
     like : path, Geometry, Volume or LabelMap, optional
         The grid: a SEG or RTSTRUCT is put on it; labels that have a grid of their own must lie on it within 0.01 mm.
     allow_mismatch : bool
@@ -158,12 +198,15 @@ def read_labels(
     """
     path = _existing(path)
     grid, identity = _grid(like)
-    if is_dicom(path):
+    if is_mask_folder(path):
+        labels: LabelMap = _module("masks").read_masks(path)
+    elif is_dicom(path):
         path, kind = _labels_object(path)
         read_object = _module("dicom_seg").read_seg if kind == "seg" else _module("rtstruct").read_rtstruct
         found: LabelMap = read_object(path, grid, series=identity, allow_mismatch=allow_mismatch)
         return found
-    labels = _format(path).read_label_map(path)
+    else:
+        labels = _format(path).read_label_map(path)
     if grid is None:
         return labels
     labels.geometry.require_close(grid, f"label map {path} and the grid asked for")
