@@ -161,7 +161,7 @@ class Predictor:
         else:
             soft = self._probabilities(image, channels, progress)
             if crf:
-                soft = _refined(image, soft, crf, str(self.device))
+                soft = self.refined(image, soft, crf)
             labels = self.decided(soft)
         if self.postprocessing is not None:
             labels = self.postprocessing.apply(labels)
@@ -193,6 +193,12 @@ class Predictor:
         """Label map of probabilities: the largest, or where structures overlap each from one half."""
         array = np.asarray(soft.array)
         return self.label_map(array >= 0.5 if self.plan.overlapping else array.argmax(0), soft.geometry)
+
+    def refined(self, image: Volume, soft: Volume | LabelMap, parameters: CRFParameters) -> Volume | LabelMap:
+        """Probabilities refined by the CRF, slice by slice."""
+        if isinstance(soft, LabelMap):
+            return refine(image, soft, parameters=parameters, device=str(self.device))
+        return refine(image, soft, parameters=parameters, device=str(self.device))
 
     # -- parts --------------------------------------------------------------------------------------------------------
 
@@ -324,12 +330,6 @@ class Predictor:
             f"prediction must fit into the memory of {self.device}, got an image of {shape} voxels on the planned grid, "
             f"{self.plan.outputs} classes and one window of {window} at a time, which does not; {remedy}"
         )
-
-
-def _refined(image: Volume, soft: Volume | LabelMap, crf: CRFParameters, device: str) -> Volume | LabelMap:
-    if isinstance(soft, LabelMap):
-        return refine(image, soft, parameters=crf, device=device)
-    return refine(image, soft, parameters=crf, device=device)
 
 
 def _memory_format(plan: Plan) -> torch.memory_format:
