@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -145,7 +144,7 @@ def plan_of(source: str | Path) -> Plan | None:
 
 
 def with_architecture_of(plan: Plan, source: Plan) -> Plan:
-    """A plan whose network is that of another run, so that its weights fit: model, features, strides and kernels.
+    """A plan whose network is that of another run, so that its weights fit: model, encoder, features, strides and kernels.
 
     The edges of the patch are rounded up to what the poolings divide.
 
@@ -158,10 +157,12 @@ def with_architecture_of(plan: Plan, source: Plan) -> Plan:
         raise ValueError(
             f"run to start from must be {plan.dims}D as the new one, got {source.dims}D; use another --init"
         )
-    divisor = np.prod(np.asarray(source.strides, int).reshape(-1, plan.dims), axis=0)
-    entries = {name: getattr(source, name) for name in ("model", "features", "strides", "kernels")}
-    patch = tuple(int(-(-p // d) * d) for p, d in zip(plan.patch, divisor, strict=True))
-    reasons = {**plan.reasons, **dict.fromkeys(entries, "that of the run whose weights it starts from")}
+    entries = {name: getattr(source, name) for name in ("model", "encoder", "features", "strides", "kernels")}
+    patch = tuple(-(-p // d) * d for p, d in zip(plan.patch, source.build().divisor, strict=True))
+    reasons = {
+        **plan.reasons,
+        **dict.fromkeys([n for n in entries if entries[n]], "of the run whose weights it starts from"),
+    }
     if patch != plan.patch:
         reasons["patch"] = f"{reasons.get('patch', 'as planned')}; rounded up to what the poolings of that run divide"
     return Plan.make(**{**dict(plan), **entries, "patch": patch, "reasons": reasons})

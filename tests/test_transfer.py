@@ -39,14 +39,7 @@ def plan(names: tuple[str, ...] = ("bright", "dark"), channels: tuple[str, ...] 
 
 def network(of: Plan, seed: int = 0) -> SegmentationNetwork:
     torch.manual_seed(seed)
-    built = build_model(
-        of.model,
-        in_channels=len(of.channels),
-        out_channels=of.outputs,
-        features=of.features,
-        strides=of.strides,
-        kernels=of.kernels,
-    )
+    built = of.build()
     with torch.no_grad():
         for name, tensor in built.state_dict().items():
             if name.endswith("bias"):
@@ -214,6 +207,20 @@ class TestFromARun:
         assert adopted.structures == wanted.structures
         assert "starts from" in adopted.reasons["strides"]
         assert initialise(network(adopted), adopted, folder).share > 0.9
+
+
+@needs_encoders
+def test_plan_takes_the_encoder_of_a_run(tmp_path: Path) -> None:
+    planned = {"encoder": "tu-resnet10t", "features": (), "strides": (), "kernels": ()}
+    theirs = Plan.make(**{**dict(tiny.plan(2)), **planned, "model": "deeplabv3plus"})
+    folder, source = run(tmp_path, theirs)
+    adopted = with_architecture_of(tiny.plan(2), theirs)
+    assert adopted.patch == (32, 32)
+    assert (adopted.model, adopted.encoder, adopted.features) == ("deeplabv3plus", "tu-resnet10t", ())
+    fresh = network(adopted)
+    assert initialise(fresh, adopted, folder).share == 1
+    image = torch.randn(1, 1, 40, 50)
+    assert torch.equal(logits(fresh, image), logits(source, image))
 
 
 def test_frozen_encoder_stays_as_the_source_left_it(tmp_path: Path) -> None:
