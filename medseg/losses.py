@@ -5,7 +5,7 @@ Tensors in, tensors out; any device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,9 @@ class DiceBCELoss(nn.Module):
     ----------
     exclusive : bool
         Softmax and class targets (B, *S), or sigmoid and layered targets (B, K, *S).
+    together : callable, optional
+        Sums a tensor over the processes that share a batch, with its gradient: the loss is then that of the whole batch
+        in each of them.
 
     Notes
     -----
@@ -48,9 +51,10 @@ class DiceBCELoss(nn.Module):
     doi:10.1109/TMI.2020.3001036. Soft targets: Wang et al. (2023), doi:10.48550/arXiv.2303.16296.
     """
 
-    def __init__(self, exclusive: bool = True) -> None:
+    def __init__(self, exclusive: bool = True, together: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
         self.exclusive = exclusive
+        self.together = together or _alone
 
     def forward(self, logits: Tensor, target: Tensor, known: Tensor | None = None) -> Tensor:
         """The loss.
@@ -86,10 +90,14 @@ class DiceBCELoss(nn.Module):
                 raise ValueError(f"known must have shape {(len(logits), structures)}, got {tuple(known.shape)}")
             known = None if bool(known.all()) else known.to(logits.device, torch.bool)
         part = _exclusive if self.exclusive else _overlapping
-        return part(logits.to(torch.promote_types(logits.dtype, torch.float32)), target, known)
+        return part(logits.to(torch.promote_types(logits.dtype, torch.float32)), target, known, self.together)
 
 
-def _exclusive(logits: Tensor, target: Tensor, known: Tensor | None) -> Tensor:
+def _alone(values: Tensor) -> Tensor:
+    return values
+
+
+def _exclusive(logits: Tensor, target: Tensor, known: Tensor | None, together: Callable[[Tensor], Tensor]) -> Tensor:
     classes = logits.shape[1]
     # Classes first and voxels together: a softmax across channels that lie side by side takes several times as long.
     log_p = logits.movedim(1, 0).reshape(classes, len(logits), -1).log_softmax(0)
@@ -99,7 +107,7 @@ def _exclusive(logits: Tensor, target: Tensor, known: Tensor | None) -> Tensor:
     if known is not None:
         unknown = F.pad(~known, (1, 0), value=True).T[:, :, None]  # the background, too, may be any of them
         picked = torch.where(target == 0, log_p.masked_fill(~unknown, -torch.inf).logsumexp(0), picked)
-    entropy = -(picked * counts).sum() / counts.sum().clamp(min=1)
+    entropy, count = together(torch.stack([-(picked * counts).sum(), counts.sum()]))
     overlaps, sizes = [], []
     for c in range(1, classes):
         p = log_p[c].exp()
@@ -110,26 +118,28 @@ def _exclusive(logits: Tensor, target: Tensor, known: Tensor | None) -> Tensor:
         sizes.append((p * weight).sum() + truth.sum())
     if not overlaps:
         raise ValueError("logits must have a channel for the background and one per structure, got 1 channel")
-    return entropy + _dice_loss(torch.stack(overlaps), torch.stack(sizes), known)
+    return entropy / count.clamp(min=1) + _dice_loss(torch.stack(overlaps), torch.stack(sizes), known, together)
 
 
-def _overlapping(logits: Tensor, target: Tensor, known: Tensor | None) -> Tensor:
+def _overlapping(logits: Tensor, target: Tensor, known: Tensor | None, together: Callable[[Tensor], Tensor]) -> Tensor:
     logits, target = logits.flatten(2), target.flatten(2)
     weight = (target >= 0).to(logits.dtype)
     if known is not None:
         weight = weight * known[:, :, None]
     truth = target.to(logits.dtype).clamp(0, 1)
-    entropy = F.binary_cross_entropy_with_logits(logits, truth, weight, reduction="sum") / weight.sum().clamp(min=1)
+    entropy = F.binary_cross_entropy_with_logits(logits, truth, weight, reduction="sum")
+    entropy, count = together(torch.stack([entropy, weight.sum()]))
     p, truth = logits.sigmoid() * weight, truth * weight
-    return entropy + _dice_loss(torch.minimum(p, truth).sum((0, 2)), (p + truth).sum((0, 2)), known)
+    dice = _dice_loss(torch.minimum(p, truth).sum((0, 2)), (p + truth).sum((0, 2)), known, together)
+    return entropy / count.clamp(min=1) + dice
 
 
-def _dice_loss(overlap: Tensor, size: Tensor, known: Tensor | None) -> Tensor:
+def _dice_loss(overlap: Tensor, size: Tensor, known: Tensor | None, together: Callable[[Tensor], Tensor]) -> Tensor:
     """1 - Dice, the mean over the structures that are known in any sample; 0 where none is."""
+    seen = torch.ones_like(size) if known is None else known.any(0).to(size.dtype)
+    overlap, size, seen = together(torch.stack([overlap, size, seen]))
     loss = 1 - (2 * overlap + _SMOOTH) / (size + _SMOOTH)
-    if known is None:
-        return loss.mean()
-    seen = known.any(0)
+    seen = seen.clamp(max=1)
     return (loss * seen).sum() / seen.sum().clamp(min=1)
 
 
