@@ -33,8 +33,9 @@ from medseg.evaluation import Evaluation, score_case
 from medseg.inference import Predictor
 from medseg.io import read_channels, read_labels
 from medseg.losses import DeepSupervision, DiceBCELoss
-from medseg.patches import PreparedCase, draw_batch, prepare
+from medseg.patches import draw_batch
 from medseg.plan import Plan, make_plan
+from medseg.prepared import PreparedCase, prepare
 from medseg.report import Block, picture_blocks, report_of_run
 from medseg.run import Run, write_json
 

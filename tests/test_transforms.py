@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import cast
-
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from conftest import geometries
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from medseg.losses import IGNORE
-from medseg.patches import PreparedCase, draw_batch
 from medseg.plan import ChannelPlan, Plan, StructurePlan
 from medseg.transforms import normalise, planned_geometry, preprocessing
 from medseg.volume import Geometry, GeometryError, LabelMap, Structure, Volume
@@ -141,64 +135,3 @@ class TestNormalise:
             normalise(np.ones((2, 2, 3, 4)), [ChannelPlan(name="m", scheme="zscore")])
         with pytest.raises(ValueError, match="voxels must be finite, got NaN or Inf in channel m"):
             normalise(np.full((1, 2, 3, 4), np.nan), [ChannelPlan(name="m", scheme="zscore")])
-
-
-@dataclass(frozen=True)
-class InMemory:
-    """A prepared case whose voxels need no files."""
-
-    image: np.ndarray
-    label: np.ndarray
-    places: dict[int, np.ndarray]
-    known: tuple[bool, ...] = (True,)
-
-
-def prepared(image: np.ndarray, label: np.ndarray, places: dict[int, np.ndarray]) -> PreparedCase:
-    return cast(PreparedCase, InMemory(image, label, places))
-
-
-class TestPatches:
-    @settings(deadline=None, max_examples=30)
-    @given(shape=st.tuples(st.integers(3, 14), st.integers(3, 9), st.integers(2, 9)), seed=st.integers(0, 99))
-    def test_patches_are_true_windows_and_padding_is_ignored(self, shape: tuple[int, int, int], seed: int) -> None:
-        voxels = np.arange(np.prod(shape), dtype=np.float32).reshape(1, *shape) + 1
-        label = (voxels[0] % 5 == 0).astype(np.int16)
-        places = {1: np.argwhere(label == 1)} if label.any() else {}
-        case = prepared(voxels, label, places)
-        images, labels, _ = draw_batch([case], make_plan(), 4, seed, step=1)
-        assert images.shape == (4, 1, 8, 6, 4)
-        for image, target in zip(images[:, 0].numpy(), labels.numpy(), strict=True):
-            known = target != IGNORE
-            assert known.sum() == np.prod(np.minimum(shape, (8, 6, 4)))  # as much of the image as fits
-            at = np.argwhere(known)
-            index = np.stack(np.unravel_index((image[known] - 1).astype(int), shape), 1)
-            assert len(np.unique(index - at, axis=0)) == 1  # one shift: no voxel is out of place
-            assert np.array_equal(target[known], label[tuple(index.T)])
-
-    def test_forced_patches_hold_the_structure_anywhere_inside(self) -> None:
-        label = np.zeros((40, 30, 20), np.int16)
-        label[33, 4, 15] = 1
-        case = prepared(label[None].astype(np.float32), label, {1: np.argwhere(label)})
-        seen = set()
-        for step in range(200):
-            _, labels, _ = draw_batch([case], make_plan(), 2, 0, step)
-            assert (labels[0] == 1).sum() == 1
-            seen.add(tuple(np.argwhere(labels[0].numpy() == 1)[0]))
-        assert len(seen) > 60  # not always in the middle
-
-    def test_a_step_draws_the_same_patches_whenever_it_is_drawn(self) -> None:
-        generator = np.random.default_rng(0)
-        array = generator.normal(size=(1, 20, 18, 16)).astype(np.float32)
-        case = prepared(array, np.zeros((20, 18, 16), np.int16), {})
-        first, again = (draw_batch([case], make_plan(), 3, 7, 5)[0] for _ in range(2))
-        other = draw_batch([case], make_plan(), 3, 7, 6)[0]
-        assert torch.equal(first, again)
-        assert not torch.equal(first, other)
-
-    def test_slices_for_2d_networks(self) -> None:
-        array = np.arange(10 * 9 * 5, dtype=np.float32).reshape(1, 10, 9, 5)
-        case = prepared(array, np.zeros((10, 9, 5), np.int16), {})
-        images, labels, _ = draw_batch([case], make_plan(dims=2), 3, 0, 0)
-        assert images.shape == (3, 1, 8, 6)
-        assert labels.shape == (3, 8, 6)
-        assert all(len(np.unique(image.numpy() % 5)) == 1 for image in images)  # one slice each
