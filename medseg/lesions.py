@@ -6,17 +6,24 @@ Arrays in, numbers out, in 2D and 3D. Lesions are the connected components of a 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
-from scipy.optimize import linear_sum_assignment
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+
+from medseg.matching import (
+    RANK,
+    Connectivity,
+    Pair,
+    Regions,
+    components,
+    greedy_pairs,
+    optimal_pairs,
+    overlapping_pairs,
+)
 
 __all__ = [
     "LESION_COLUMNS",
@@ -25,20 +32,21 @@ __all__ = [
     "Pair",
     "components",
     "detection",
+    "instance_precision",
+    "lesion_rows",
     "match_lesions",
     "sensitivity_by_size",
 ]
 
 Array = NDArray[Any]
 Rule = Literal["iou", "optimal", "overlap"]
-Connectivity = Literal[6, 18, 26]
-RANK = {6: 1, 18: 2, 26: 3}  # neighbours that share a face, an edge, a corner
 MOSTLY = 0.5  # a lesion lies in another when more than this share of its voxels does
 SIZES_MM3 = (10.0, 100.0, 1000.0)
 LESION_COLUMNS = (
     "lesions", "reference_lesions", "lesions_found", "lesions_missed", "false_positives", "lesion_f1",
-    "lesion_sensitivity", "lesion_precision", "sq", "rq", "pq", "merges", "splits",
+    "lesion_sensitivity", "lesion_precision", "sq", "rq", "pq", "ap50", "ap75", "ap", "merges", "splits",
 )  # fmt: skip
+AP_IOUS = tuple(n / 100 for n in range(50, 100, 5))
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,9 @@ class Lesions:
         Voxels that touch by a corner, an edge or a face are one lesion; in 2D 26 and 18 mean 8 and 6 means 4.
     sizes_mm3 : sequence of float (mm3)
         Limits, rising, between the classes of size of :meth:`LesionMatch.by_size`.
+    instances : bool
+        For :func:`medseg.evaluate`: label maps hold the numbers of instances, all of one kind (cells, say), rather than of
+        structures; each is one "lesion".
 
     References
     ----------
@@ -67,6 +78,7 @@ class Lesions:
     min_iou: float = 0.5
     connectivity: Connectivity = 26
     sizes_mm3: Sequence[float] = SIZES_MM3
+    instances: bool = False
 
     def __post_init__(self) -> None:
         if self.rule not in ("iou", "optimal", "overlap"):
@@ -77,15 +89,6 @@ class Lesions:
             raise ValueError(f"connectivity must be 26, 18 or 6, got {self.connectivity}")
         if list(self.sizes_mm3) != sorted(set(self.sizes_mm3)) or any(s <= 0 for s in self.sizes_mm3):
             raise ValueError(f"sizes_mm3 must be positive and rise, got {tuple(self.sizes_mm3)}")
-
-
-class Pair(NamedTuple):
-    """Two lesions that share voxels: their numbers, the voxels shared, and the IoU."""
-
-    reference: int
-    prediction: int
-    voxels: int
-    iou: float
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,8 @@ class LesionMatch:
         Those that count as found, by the rule.
     voxel_mm3 : float (mm3)
     how : Lesions
+    prediction_centres, reference_centres : mapping of number to index
+        Mean index of the voxels of each lesion, in the arrays that were matched.
     """
 
     prediction: dict[int, int]
@@ -110,6 +115,8 @@ class LesionMatch:
     pairs: tuple[Pair, ...]
     voxel_mm3: float
     how: Lesions
+    prediction_centres: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    reference_centres: dict[int, tuple[float, ...]] = field(default_factory=dict)
 
     @cached_property
     def found(self) -> frozenset[int]:
@@ -142,8 +149,9 @@ class LesionMatch:
         return pair.voxels > MOSTLY * voxels
 
     def scores(self) -> dict[str, float]:
-        """The metrics of this case alone: see :func:`detection`."""
-        return detection([self])
+        """The metrics of this case alone: see :func:`detection`; with the sensitivity by size."""
+        sizes = {_size_column(row["from_mm3"], row["to_mm3"]): row["lesion_sensitivity"] for row in self.by_size()}
+        return {**detection([self]), **sizes}
 
     def by_size(self) -> list[dict[str, float]]:
         """Sensitivity by size of the reference lesion: as :func:`detection` has it under "by_size"."""
@@ -152,27 +160,6 @@ class LesionMatch:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Finding and matching
-
-
-def components(mask: Array, connectivity: Connectivity = 26) -> Array:
-    """Number the connected components of a mask.
-
-    Parameters
-    ----------
-    mask : (*spatial) bool, 1 to 3 axes
-    connectivity : {26, 18, 6}
-        As in :class:`Lesions`.
-
-    Returns
-    -------
-    (*spatial) array of int32
-        0 outside, 1, 2, ... in the order in which the components are met. O(voxels).
-    """
-    if connectivity not in RANK:
-        raise ValueError(f"connectivity must be 26, 18 or 6, got {connectivity}")
-    numbered = np.zeros(mask.shape, np.int32)
-    ndimage.label(mask, ndimage.generate_binary_structure(mask.ndim, min(RANK[connectivity], mask.ndim)), numbered)
-    return numbered
 
 
 def match_lesions(
@@ -190,8 +177,8 @@ def match_lesions(
 
     Notes
     -----
-    O(voxels) in the box around both, and 12 bytes for each of these; the optimal matching is made group by group of
-    lesions that touch, so its cost grows with the largest group.
+    O(voxels) in the box around both; about 12 bytes for each of these, and 60 for each voxel of a lesion. The optimal
+    matching is made group by group of lesions that touch, so its cost grows with the largest group.
     """
     how = how or Lesions()
     prediction, reference = np.asarray(prediction), np.asarray(reference)
@@ -200,16 +187,23 @@ def match_lesions(
     if len(spacing) != prediction.ndim or not all(np.isfinite(s) and s > 0 for s in spacing):
         raise ValueError(f"spacing must be {prediction.ndim} positive numbers (mm), got {tuple(spacing)}")
     box = _box(prediction, reference)
-    p, r = (_numbered(a[box], name, how) for a, name in ((prediction, "prediction"), (reference, "reference")))
-    p_numbers, p_sizes = _sizes(p)
-    r_numbers, r_sizes = _sizes(r)
-    touching = _touching(p, r, dict(zip(p_numbers, p_sizes, strict=True)), dict(zip(r_numbers, r_sizes, strict=True)))
+    p, r = (
+        Regions.of(_numbered(a[box], name, how)) for a, name in ((prediction, "prediction"), (reference, "reference"))
+    )
+    touching = overlapping_pairs(p, r, [s.stop - s.start for s in box])
     close = [t for t in touching if t.iou >= how.min_iou]
-    pairs = {"iou": _greedy, "optimal": _optimal}[how.rule](close) if how.rule != "overlap" else touching
+    pairs = {"iou": greedy_pairs, "optimal": optimal_pairs}[how.rule](close) if how.rule != "overlap" else touching
+    start = np.array([s.start for s in box], float)
+    (p_size, p_centre), (r_size, r_centre) = (_by_number(side, start) for side in (p, r))
     return LesionMatch(
-        dict(zip(p_numbers, p_sizes, strict=True)), dict(zip(r_numbers, r_sizes, strict=True)),
-        tuple(touching), tuple(pairs), float(np.prod(spacing)), how,
+        p_size, r_size, tuple(touching), tuple(pairs), float(np.prod(spacing)), how, p_centre, r_centre
     )  # fmt: skip
+
+
+def _by_number(side: Regions, start: Array) -> tuple[dict[int, int], dict[int, tuple[float, ...]]]:
+    """Voxels and centre of each region, the centre in an array where the box begins at ``start``."""
+    numbers, centres = side.numbers.tolist(), map(tuple, (side.centres + start).tolist())
+    return dict(zip(numbers, side.voxels.tolist(), strict=True)), dict(zip(numbers, centres, strict=True))
 
 
 def _box(prediction: Array, reference: Array) -> tuple[slice, ...]:
@@ -230,62 +224,6 @@ def _numbered(lesions: Array, name: str, how: Lesions) -> Array:
     if lesions.size and lesions.min() < 0:
         raise ValueError(f"numbers of instances must not be negative, got {lesions.min()} in the {name}")
     return lesions
-
-
-def _sizes(numbered: Array) -> tuple[list[int], list[int]]:
-    numbers, sizes = np.unique(numbered[numbered > 0], return_counts=True)
-    return numbers.tolist(), sizes.tolist()
-
-
-def _touching(p: Array, r: Array, p_size: dict[int, int], r_size: dict[int, int]) -> list[Pair]:
-    """All pairs of lesions that share voxels, by reference number."""
-    both = (p > 0) & (r > 0)
-    couples, counts = np.unique(np.stack([r[both], p[both]], axis=1).astype(np.int64), axis=0, return_counts=True)
-    return [
-        Pair(a, b, n, n / (r_size[a] + p_size[b] - n))
-        for (a, b), n in zip(couples.tolist(), counts.tolist(), strict=True)
-    ]
-
-
-def _greedy(close: Sequence[Pair]) -> list[Pair]:
-    """One to one, the highest IoU first; among equals the lower numbers."""
-    taken_r: set[int] = set()
-    taken_p: set[int] = set()
-    pairs = []
-    for pair in sorted(close, key=lambda t: (-t.iou, t.reference, t.prediction)):
-        if pair.reference not in taken_r and pair.prediction not in taken_p:
-            pairs.append(pair)
-            taken_r.add(pair.reference)
-            taken_p.add(pair.prediction)
-    return sorted(pairs)
-
-
-def _optimal(close: Sequence[Pair]) -> list[Pair]:
-    """One to one with the largest sum of IoUs; groups that do not touch are solved apart."""
-    if not close:
-        return []
-    rows = {n: i for i, n in enumerate(dict.fromkeys(t.reference for t in close))}
-    columns = {n: i for i, n in enumerate(dict.fromkeys(t.prediction for t in close))}
-    at = ([rows[t.reference] for t in close], [len(rows) + columns[t.prediction] for t in close])
-    nodes = len(rows) + len(columns)
-    group_of = connected_components(coo_array((np.ones(len(close)), at), (nodes, nodes)), directed=False)[1]
-    groups: dict[int, list[Pair]] = {}
-    for pair in close:
-        groups.setdefault(int(group_of[rows[pair.reference]]), []).append(pair)
-    return sorted(pair for group in groups.values() for pair in _assigned(group))
-
-
-def _assigned(group: Sequence[Pair]) -> list[Pair]:
-    if len(group) == 1:
-        return list(group)
-    references = list(dict.fromkeys(t.reference for t in group))
-    predictions = list(dict.fromkeys(t.prediction for t in group))
-    by_place = {(references.index(t.reference), predictions.index(t.prediction)): t for t in group}
-    gain = np.zeros((len(references), len(predictions)))
-    for place, pair in by_place.items():
-        gain[place] = pair.iou
-    chosen = zip(*(a.tolist() for a in linear_sum_assignment(gain, maximize=True)), strict=True)
-    return [by_place[place] for place in chosen if place in by_place]
 
 
 def _gathered(couples: Iterable[tuple[int, int]]) -> dict[int, tuple[int, ...]]:
@@ -315,8 +253,9 @@ def detection(matches: Sequence[LesionMatch]) -> dict[str, float]:
         false_positives (of the prediction), merges, splits. lesion_sensitivity = found / reference lesions (NaN where
         there are none), lesion_precision = right / predicted lesions (0 where all are missed), lesion_f1 their harmonic
         mean. For the rules that match one to one, PQ = SQ x RQ [1]_ : sq is the mean IoU of the pairs, rq equals
-        lesion_f1, TP / (TP + FP / 2 + FN / 2). All are NaN where neither side has a lesion; F1, RQ and PQ are 0 where
-        one side alone has.
+        lesion_f1, TP / (TP + FP / 2 + FN / 2). ap50, ap75 and ap are :func:`instance_precision` at an IoU of 0.5 and
+        0.75 and its mean over 0.5, 0.55 ... 0.95. All are NaN where neither side has a lesion; F1, RQ, PQ and AP are 0
+        where one side alone has.
 
     References
     ----------
@@ -350,9 +289,26 @@ def detection(matches: Sequence[LesionMatch]) -> dict[str, float]:
         "sq": sq,
         "rq": rq,
         "pq": sq * rq if ious else rq,
+        "ap50": instance_precision(matches, 0.5),
+        "ap75": instance_precision(matches, 0.75),
+        "ap": float(np.mean([instance_precision(matches, least) for least in AP_IOUS])),
         "merges": sum(len(m.merges) for m in matches),
         "splits": sum(len(m.splits) for m in matches),
     }
+
+
+def instance_precision(matches: Sequence[LesionMatch], min_iou: float) -> float:
+    """TP / (TP + FP + FN) over all lesions, matched one to one with at least this IoU (whatever their rule says) [1]_.
+
+    What is called the average precision of instances that have no score of confidence, as in the 2018 Data Science Bowl.
+
+    References
+    ----------
+    .. [1] Caicedo et al., Nat Methods 2019, doi:10.1038/s41592-019-0612-7
+    """
+    right = sum(len(greedy_pairs([t for t in m.touching if t.iou >= min_iou])) for m in matches)
+    all_of_them = sum(len(m.prediction) + len(m.reference) for m in matches) - right
+    return right / all_of_them if all_of_them else float("nan")
 
 
 def sensitivity_by_size(matches: Sequence[LesionMatch]) -> list[dict[str, float]]:
@@ -378,4 +334,55 @@ def sensitivity_by_size(matches: Sequence[LesionMatch]) -> list[dict[str, float]
             "from_mm3": low, "to_mm3": high, "reference_lesions": int(own.size), "lesions_found": int(own.sum()),
             "lesion_sensitivity": share,
         })  # fmt: skip
+    return rows
+
+
+def _size_column(low: float, high: float) -> str:
+    """Column of a class of size: sensitivity_to_10_mm3, sensitivity_10_to_100_mm3, sensitivity_from_1000_mm3."""
+    ends = [f"{low:g}_" if low > 0 and high < np.inf else "", f"to_{high:g}" if high < np.inf else f"from_{low:g}"]
+    return f"sensitivity_{''.join(ends)}_mm3"
+
+
+def lesion_rows(match: LesionMatch, affine: Array) -> list[dict[str, Any]]:
+    """One row per lesion of either side: where it is, how large, and what became of it.
+
+    Parameters
+    ----------
+    match : LesionMatch
+    affine : (4, 4) float
+        From index to RAS+ mm.
+
+    Returns
+    -------
+    list of dict
+        Keys side, lesion (its number), volume_mm3, x_mm, y_mm, z_mm (centre), outcome ("found", "missed", "right" or
+        "false positive"), partners (numbers on the other side), iou (the best with these), note (merges and splits).
+    """
+    partners: dict[tuple[str, int], list[tuple[int, float]]] = {}
+    for pair in match.pairs:
+        partners.setdefault(("reference", pair.reference), []).append((pair.prediction, pair.iou))
+        partners.setdefault(("prediction", pair.prediction), []).append((pair.reference, pair.iou))
+    notes: dict[tuple[str, int], str] = {}
+    for one, several, verb, side, other in (
+        *((n, m, "merges", "prediction", "reference") for n, m in match.merges.items()),
+        *((n, m, "is split into", "reference", "prediction") for n, m in match.splits.items()),
+    ):
+        notes[side, one] = f"{verb} {other} {', '.join(map(str, several))}"
+        for part in several:
+            passive = "is merged with others in" if verb == "merges" else "is a part of the split"
+            notes[other, part] = f"{passive} {side} {one}"
+    sides = (
+        ("reference", match.reference, match.reference_centres, ("found", "missed")),
+        ("prediction", match.prediction, match.prediction_centres, ("right", "false positive")),
+    )
+    rows = []
+    for side, sizes, centres, outcomes in sides:
+        for number, voxels in sizes.items():
+            x, y, z = (affine[:3, :3] @ centres[number] + affine[:3, 3]).tolist()
+            mates = partners.get((side, number), [])
+            rows.append({
+                "side": side, "lesion": number, "volume_mm3": voxels * match.voxel_mm3, "x_mm": x, "y_mm": y, "z_mm": z,
+                "outcome": outcomes[not mates], "partners": " ".join(str(n) for n, _ in mates),
+                "iou": max((iou for _, iou in mates), default=0.0), "note": notes.get((side, number), ""),
+            })  # fmt: skip
     return rows

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from medseg.surface import Definition, surface_distances
+from medseg.surface import DEFAULT_DEFINITION, Definition, surface_distances
 
 __all__ = [
     "Overlap",
@@ -30,6 +30,7 @@ __all__ = [
     "overlap",
     "precision",
     "recall",
+    "structure_boxes",
     "structure_scores",
     "surface_scores",
 ]
@@ -138,7 +139,7 @@ def surface_scores(
     spacing: Sequence[float],
     *,
     tolerance_mm: float = 1.0,
-    definition: Definition = "voxel",
+    definition: Definition = DEFAULT_DEFINITION,
     missing: Missing = "diagonal",
 ) -> SurfaceScores:
     """Hausdorff distance, its 95th percentile, average symmetric surface distance and normalised surface Dice.
@@ -223,7 +224,7 @@ def structure_scores(
     *,
     tolerance_mm: float = 1.0,
     surface: bool = True,
-    definition: Definition = "voxel",
+    definition: Definition = DEFAULT_DEFINITION,
     missing: Missing = "diagonal",
 ) -> list[dict[str, float]]:
     """All metrics of each structure, in one pass over the voxels and one look at the box around each structure.
@@ -274,6 +275,11 @@ def structure_scores(
     for row, score in zip(rows, scores, strict=False):
         row.update(score._asdict())
     return rows
+
+
+def structure_boxes(prediction: Labels, reference: Labels, labels: Sequence[int]) -> list[Box | None]:
+    """The box (one slice per axis) around each label in either map, None where it is in neither; one pass, O(voxels)."""
+    return _scan(*_label_pair(prediction, reference), labels)[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from medseg.case_files import Sources, case_id, case_pairs, read_pair
+from medseg.case_scores import aligned_pair
 from medseg.distribution import distribution_picture
-from medseg.evaluation import Sources, aligned_pair, case_id, case_pairs, read_pair
 from medseg.io import read
 from medseg.report import METRIC_NAMES, metrics_blocks
 from medseg.report_html import Block, Cell, Facts, Interval, Picture, Section, Table, Text, write_report

@@ -7,7 +7,7 @@ import csv
 import html
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,19 +16,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medseg.calibration import PROBABILITY_COLUMNS
 from medseg.distribution import distribution_picture
 from medseg.io.files import atomic_path
-from medseg.lesions import LESION_COLUMNS
 
-__all__ = ["COLUMNS", "METRICS", "ON_DEMAND", "VOLUMES", "Evaluation", "Row"]
+__all__ = ["COLUMNS", "METRICS", "VOLUMES", "Evaluation", "Row", "write_rows"]
 
 Row = dict[str, Any]
 METRICS = ("iou", "dice", "hd95_mm", "nsd", "hd_mm", "assd_mm", "precision", "recall")
 VOLUMES = ("volume_mm3", "reference_volume_mm3")
 DIFFERENCES = ("volume_difference_mm3", "volume_difference")
 COLUMNS = ("case", "structure", "label", *METRICS[:4], *VOLUMES, *METRICS[4:], *DIFFERENCES, "error")
-ON_DEMAND = (*LESION_COLUMNS, *PROBABILITY_COLUMNS)
 OVER_STRUCTURES = "mean"
 RESAMPLES, SEED = 2000, 0
 
@@ -45,9 +42,13 @@ class Evaluation:
         volume_difference (the same as a share of the reference), NaN where undefined or not measured; those of
         :func:`medseg.lesions.detection` and :mod:`medseg.calibration` where measured. A case that could not be scored is
         one row with its reason under "error".
+    lesions : tuple of dict
+        One per case, structure and lesion, of either side, where lesions were asked for: see
+        :func:`medseg.lesions.lesion_rows`.
     """
 
     rows: tuple[Row, ...]
+    lesions: tuple[Row, ...] = ()
 
     @property
     def failed(self) -> tuple[Row, ...]:
@@ -57,7 +58,8 @@ class Evaluation:
     @cached_property
     def metrics(self) -> tuple[str, ...]:
         """Columns that the summary holds: the usual ones, and those measured on demand."""
-        return (*METRICS, *DIFFERENCES, *(m for m in ON_DEMAND if any(m in row for row in self.rows)))
+        found = dict.fromkeys(key for row in self.rows for key in row)
+        return (*METRICS, *DIFFERENCES, *(key for key in found if key not in COLUMNS))
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -115,7 +117,7 @@ class Evaluation:
         return pandas.DataFrame(self.rows, columns=[c for c in self.columns if c != "error" or self.failed])
 
     def write(self, folder: str | os.PathLike[str], *, force: bool = False) -> None:
-        """Write metrics.json and metrics.csv (the rows) into a folder.
+        """Write metrics.json, metrics.csv (the rows) and, where lesions were asked for, lesions.csv into a folder.
 
         Raises
         ------
@@ -124,13 +126,9 @@ class Evaluation:
         """
         with atomic_path(Path(folder) / "metrics.json", force) as path:
             path.write_text(self.to_json() + "\n", encoding="utf-8")
-        with (
-            atomic_path(Path(folder) / "metrics.csv", force) as path,
-            path.open("w", newline="", encoding="utf-8") as f,
-        ):
-            table = csv.DictWriter(f, self.columns, restval="")
-            table.writeheader()
-            table.writerows({k: "" if v != v else v for k, v in row.items()} for row in self.rows)
+        write_rows(self.rows, Path(folder) / "metrics.csv", self.columns, force=force)
+        if self.lesions:
+            write_rows(self.lesions, Path(folder) / "lesions.csv", force=force)
 
     def __repr__(self) -> str:
         cases = {row["case"] for row in self.rows} - {row["case"] for row in self.failed}
@@ -188,3 +186,45 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_nan(v) for v in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def write_rows(
+    rows: Sequence[Row], path: str | os.PathLike[str], columns: Sequence[str] | None = None, *, force: bool = False
+) -> None:
+    """Write rows as CSV or Parquet, as the suffix says; NaN is an empty cell or null.
+
+    Raises
+    ------
+    FileExistsError
+        If the file exists and ``force`` is not set.
+    ValueError
+        If the suffix is another, or Parquet is asked for and pyarrow is not installed.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".csv", ".parquet"):
+        raise ValueError(f"rows must go into a .csv or .parquet file, got {Path(path).name}")
+    columns = columns or list(dict.fromkeys(key for row in rows for key in row))
+    values = [{k: None if isinstance(v, float) and v != v else v for k, v in row.items()} for row in rows]
+    if suffix == ".parquet":
+        pyarrow, parquet = _parquet()
+        table = pyarrow.Table.from_pydict({c: [r.get(c) for r in values] for c in columns})
+        with atomic_path(path, force) as temporary:
+            parquet.write_table(table, temporary)
+        return
+    with atomic_path(path, force) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(values)
+
+
+def _parquet() -> tuple[Any, Any]:
+    try:
+        import pyarrow  # an optional extra
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ValueError("Parquet needs pyarrow, got none installed; pip install pyarrow, or write .csv") from error
+    return pyarrow, parquet

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from medseg.io.files import atomic_path
-from medseg.scores import Evaluation, Row
+from medseg.scores import Evaluation, write_rows
 
 __all__ = ["Comparison", "Rank", "compare", "holm", "is_better_low", "rank", "worst_cases", "write_rows"]
 
@@ -242,42 +238,3 @@ def worst_cases(evaluation: Evaluation, metric: str = "dice") -> list[tuple[str,
     nan = float("nan")
     failed = [(row["case"], nan) for row in evaluation.failed]
     return [*failed, *ordered, *((case, nan) for case, v in by_case.items() if not v)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-
-def write_rows(rows: Sequence[Row], path: str | os.PathLike[str], *, force: bool = False) -> None:
-    """Write rows as CSV or Parquet, as the suffix says; NaN is an empty cell or null.
-
-    Parquet needs pyarrow.
-
-    Raises
-    ------
-    FileExistsError
-        If the file exists and ``force`` is not set.
-    """
-    suffix = Path(path).suffix.lower()
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    values = [{k: None if isinstance(v, float) and v != v else v for k, v in row.items()} for row in rows]
-    if suffix not in (".csv", ".parquet"):
-        raise ValueError(f"rows must go into a .csv or .parquet file, got {Path(path).name}")
-    with atomic_path(path, force) as temporary:
-        if suffix == ".parquet":
-            pyarrow, parquet = _parquet()
-            parquet.write_table(pyarrow.Table.from_pydict({c: [r.get(c) for r in values] for c in columns}), temporary)
-            return
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, columns, restval="")
-            table.writeheader()
-            table.writerows(values)
-
-
-def _parquet() -> tuple[Any, Any]:
-    try:
-        import pyarrow  # an optional extra
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ValueError("Parquet needs pyarrow, got none installed; pip install pyarrow, or write .csv") from error
-    return pyarrow, parquet

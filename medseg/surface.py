@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 from skimage import measure
 
-__all__ = ["Definition", "Distances", "distance_transform", "surface_distances"]
+__all__ = ["DEFAULT_DEFINITION", "Definition", "Distances", "distance_transform", "surface_distances"]
 
 Array = NDArray[Any]
 Definition = Literal["voxel", "pooled", "area"]
+DEFAULT_DEFINITION: Definition = "voxel"
 NEIGHBOURS = 400  # offsets looked at around each surface element before a distance transform takes over
 LOOKUPS_PER_VOXEL, LOOKUPS_PER_STEP = 4, 2000  # when a transform is cheaper: its cost, and that of a step, in lookups
 VOXELS_PER_QUERY = 200  # of a distance transform, that cost as much as one query of a search tree

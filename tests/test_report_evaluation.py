@@ -82,7 +82,7 @@ def test_command_writes_everything_and_says_what_failed(folders, monkeypatch, ca
 
     p, r, out = folders / "p", folders / "r", folders / "out"
     assert run(p, r, "--out", out, "--image", folders / "i", "--compare", p, "--lesions") == 1
-    assert {f.name for f in out.iterdir()} == {"metrics.json", "metrics.csv", "report.html"}
+    assert {f.name for f in out.iterdir()} == {"metrics.json", "metrics.csv", "lesions.csv", "report.html"}
     text = capsys.readouterr()
     assert "case_2: " in text.err and "case_4: prediction must exist" in text.err
     assert run(p / "case_1.nii.gz", r / "case_1.nii.gz") == 0

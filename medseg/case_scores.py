@@ -1,0 +1,252 @@
+"""Rows of metrics of one case: two label maps in, one row per structure out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medseg.calibration import probability_scores
+from medseg.lesions import Lesions, lesion_rows, match_lesions
+from medseg.metrics import Missing, structure_boxes, structure_scores
+from medseg.resample import resample_to
+from medseg.scores import COLUMNS, VOLUMES, Row
+from medseg.surface import DEFAULT_DEFINITION, Definition
+from medseg.volume import LabelMap, Structure, union
+
+__all__ = [
+    "CaseRows",
+    "Scoring",
+    "Structures",
+    "Surface",
+    "aligned_pair",
+    "is_made_up",
+    "row_of",
+    "score",
+    "score_case",
+]
+
+Array = NDArray[Any]
+Structures = Mapping[int, str] | Sequence[int | str]
+INSTANCES = Structure(1, "instances")
+
+
+@dataclass(frozen=True)
+class Surface:
+    """How surface distances are measured: see :func:`medseg.metrics.surface_scores`."""
+
+    definition: Definition = DEFAULT_DEFINITION
+    missing: Missing = "diagonal"
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What is measured, as :func:`medseg.evaluate` takes it."""
+
+    structures: Structures | None = None
+    tolerance_mm: float = 1.0
+    surface: bool | Surface = True
+    lesions: bool | Lesions = False
+    labels_present: bool = False
+    resample: bool = False
+
+
+@dataclass(frozen=True)
+class CaseRows:
+    """Rows of one case: one per structure, and one per lesion where these were asked for."""
+
+    structures: list[Row]
+    lesions: list[Row]
+
+
+def score_case(
+    case: str,
+    prediction: LabelMap,
+    reference: LabelMap,
+    *,
+    structures: Structures | None = None,
+    tolerance_mm: float = 1.0,
+    surface: bool | Surface = False,
+    lesions: bool | Lesions = False,
+    labels_present: bool = False,
+    known: Collection[int] | None = None,
+    resample: bool = False,
+) -> list[Row]:
+    """Rows of one case, one per structure: see :func:`medseg.evaluate`.
+
+    ``known`` are the numbers of the structures that somebody drew in the reference: no other is scored, and one of them
+    that the reference does not hold is truly absent. All are known by default.
+
+    Raises
+    ------
+    GeometryError
+        If the grids differ (unless ``resample``), or surface distances are asked for on a skewed grid.
+    """
+    how = Scoring(structures, tolerance_mm, surface, lesions, labels_present, resample)
+    return score(case, prediction, reference, how, known=known).structures
+
+
+def score(
+    case: str,
+    prediction: LabelMap,
+    reference: LabelMap,
+    how: Scoring,
+    *,
+    known: Collection[int] | None = None,
+    soft: LabelMap | None = None,
+) -> CaseRows:
+    """Rows of one case; ``soft`` are the probabilities behind the prediction, one float layer per structure."""
+    if soft is None and prediction.is_layered and prediction.array.dtype != bool:
+        soft = prediction
+    prediction, reference = aligned_pair(case, prediction, reference, how.resample)
+    rule = Lesions() if how.lesions is True else how.lesions or None
+    p, r = prediction, reference
+    if rule is not None and rule.instances:
+        p, r, wanted = _foreground(p), _foreground(r), [INSTANCES]
+    else:
+        wanted = _chosen(prediction, reference, how.structures, how.labels_present)
+        wanted = wanted if known is None else [s for s in wanted if s.number in known]
+    numbers = [s.number for s in wanted]
+    rows = [row_of(case, s, v) for s, v in zip(wanted, _values(case, p, r, numbers, how), strict=True)]
+    found: list[Row] = []
+    if rule is not None:
+        whole = (slice(0, None),) * 3
+        crops: Iterable[tuple[Array, Array, tuple[slice, ...]]] = _crops(p, r, numbers)
+        if rule.instances:
+            crops = [(prediction.array, reference.array, whole)]
+        for row, (mask, true_mask, box) in zip(rows, crops, strict=True):
+            match = match_lesions(mask, true_mask, reference.geometry.spacing, rule)
+            row.update(match.scores())
+            affine = np.array(reference.geometry.affine)
+            affine[:3, 3] += affine[:3, :3] @ [s.start for s in box]
+            of = {key: row[key] for key in ("case", "structure", "label")}
+            found += [{**of, **one} for one in lesion_rows(match, affine)]
+    if soft is not None and not (rule is not None and rule.instances):
+        _add_probabilities(rows, *aligned_pair(case, soft, reference, how.resample))
+    return CaseRows(rows, found)
+
+
+def _values(
+    case: str, prediction: LabelMap, reference: LabelMap, numbers: list[int], how: Scoring
+) -> list[dict[str, float]]:
+    """Overlap, volumes and surface distances of each structure."""
+    grid, surface = reference.geometry, Surface() if how.surface is True else how.surface or None
+    options: dict[str, Any] = {"tolerance_mm": how.tolerance_mm, "surface": surface is not None}
+    spacing = (1.0, 1.0, grid.voxel_mm3)  # without distances, also right on skewed grids
+    if surface is not None:
+        grid.require_straight(f"prediction and reference of {case}, for surface distances,")
+        options.update(definition=surface.definition, missing=surface.missing)
+        spacing = grid.spacing
+    if not prediction.is_layered and not reference.is_layered:
+        return structure_scores(prediction.array, reference.array, numbers, spacing, **options)
+    pairs = ((_mask(prediction, n), _mask(reference, n)) for n in numbers)
+    return [structure_scores(p, r, [1], spacing, **options)[0] for p, r in pairs]
+
+
+def _crops(
+    prediction: LabelMap, reference: LabelMap, numbers: list[int]
+) -> Iterator[tuple[Array, Array, tuple[slice, ...]]]:
+    """Both masks of each structure in the box around them, and the box."""
+    nothing = (slice(0, 0),) * 3
+    if not prediction.is_layered and not reference.is_layered:
+        boxes = structure_boxes(prediction.array, reference.array, numbers)
+        for n, box in zip(numbers, (b or nothing for b in boxes), strict=True):
+            yield prediction.array[box] == n, reference.array[box] == n, box
+        return
+    for n in numbers:
+        p, r = _mask(prediction, n), _mask(reference, n)
+        box = structure_boxes(p, r, [1])[0] or nothing
+        yield p[box], r[box], box
+
+
+def _add_probabilities(rows: Sequence[Row], soft: LabelMap, reference: LabelMap) -> None:
+    layer_of = {s.number: n for n, s in enumerate(soft.structures)}
+    for row in rows:
+        if (layer := layer_of.get(row["label"])) is not None:
+            truth = _mask(reference, row["label"])
+            row.update(probability_scores(soft.array[layer][None], truth[None])[0])
+
+
+def aligned_pair(
+    case: str, prediction: LabelMap, reference: LabelMap, resample: bool = False
+) -> tuple[LabelMap, LabelMap]:
+    """The prediction with the numbers, and with ``resample`` on the grid, of the reference; and the reference.
+
+    Raises
+    ------
+    GeometryError
+        If the grids differ (unless ``resample``).
+    """
+    prediction = _matched(prediction, reference)
+    if resample and not prediction.geometry.is_close(reference.geometry):
+        prediction = resample_to(prediction, reference.geometry)
+    prediction.geometry.require_close(reference.geometry, f"prediction and reference of {case}")
+    return prediction, reference
+
+
+def row_of(case: str, structure: Structure, score: Mapping[str, float]) -> Row:
+    row: Row = {"case": case, "structure": structure.name, "label": structure.number}
+    row.update({key: score.get(key, np.nan) for key in COLUMNS[3:-1]})
+    volume, true = (row[key] for key in VOLUMES)
+    row["volume_difference_mm3"] = volume - true
+    row["volume_difference"] = (volume - true) / true if true > 0 else np.nan
+    return row
+
+
+def _foreground(labels: LabelMap) -> LabelMap:
+    """All instances as one structure."""
+    if labels.is_layered:
+        raise ValueError(f"instances must be numbers in one label map, got {len(labels.structures)} layers")
+    return replace(labels, array=labels.array > 0, structures=(INSTANCES,))
+
+
+def _mask(labels: LabelMap, number: int) -> NDArray[Any]:
+    return labels.mask(number) if number in labels.names else np.zeros(labels.geometry.shape, bool)
+
+
+def is_made_up(name: str, number: int) -> bool:
+    return name == f"label {number}"
+
+
+def _matched(prediction: LabelMap, reference: LabelMap) -> LabelMap:
+    """The prediction with the numbers of the reference, where all its names are names of the reference."""
+    number_of = {s.name: s.number for s in reference.structures}
+    named = [s for s in prediction.structures if not is_made_up(s.name, s.number)]
+    if len(named) < len(prediction.structures) or not all(s.name in number_of for s in named):
+        return prediction
+    if len({s.name for s in named}) < len(named) or all(s.number == number_of[s.name] for s in named):
+        return prediction
+    moved = tuple(replace(s, number=number_of[s.name]) for s in named)
+    if prediction.is_layered:
+        return replace(prediction, structures=moved)
+    array = np.zeros(prediction.geometry.shape, reference.array.dtype if not reference.is_layered else np.int32)
+    for old, new in zip(named, moved, strict=True):
+        array[prediction.array == old.number] = new.number
+    return replace(prediction, array=array, structures=moved)
+
+
+def _chosen(
+    prediction: LabelMap,
+    reference: LabelMap,
+    structures: Structures | None,
+    labels_present: bool,
+) -> list[Structure]:
+    """Structures to score, by number; names of the reference before those of the prediction, made-up names last."""
+    both = sorted((*reference.structures, *prediction.structures), key=lambda s: is_made_up(s.name, s.number))
+    found = {s.number: s for s in union(both)}
+    if isinstance(structures, Mapping):
+        found = {n: replace(found.get(n, Structure(n, name)), name=name) for n, name in structures.items()}
+    elif structures is not None:
+        by_name = {s.name: s for s in found.values()}
+        asked = [by_name.get(key) if isinstance(key, str) else found.get(key, Structure(key, f"label {key}"))
+                 for key in structures]  # fmt: skip
+        unknown = [key for key, s in zip(structures, asked, strict=True) if s is None]
+        if unknown:
+            raise ValueError(f"structures must be among {sorted(by_name)}, got {unknown}")
+        found = {s.number: s for s in asked if s is not None}
+    if labels_present:
+        found = {n: s for n, s in found.items() if n in reference.names and _mask(reference, n).any()}
+    return [found[n] for n in sorted(found)]

@@ -1,0 +1,37 @@
+"""Images of probabilities, channel 0 the background, as label maps."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from medseg.volume import LabelMap, Structure, Volume
+
+__all__ = ["labels_of", "layers_of"]
+
+
+def labels_of(probabilities: Volume) -> LabelMap:
+    """The structure of the largest probability (I, J, K), with the numbers and names that the file states.
+
+    Parameters
+    ----------
+    probabilities : Volume (C, I, J, K)
+        Channel 0 is the background, channel c the structure c - 1 of ``meta["structures"]`` (number c where there are
+        none); one channel alone is that of a structure, taken from one half.
+    """
+    array = np.asarray(probabilities.array)
+    classes = (array[0] >= 0.5).astype(np.intp) if len(array) == 1 else array.argmax(0)
+    structures = _structures(probabilities)
+    numbers = np.array([0, *(s.number for s in structures)])
+    labels = numbers.astype(np.min_scalar_type(int(numbers.max())))[classes]
+    return LabelMap(labels, probabilities.geometry, structures)
+
+
+def layers_of(probabilities: Volume) -> LabelMap:
+    """The same probabilities as one layer per structure, without the background."""
+    array = np.asarray(probabilities.array)
+    return LabelMap(array if len(array) == 1 else array[1:], probabilities.geometry, _structures(probabilities))
+
+
+def _structures(probabilities: Volume) -> tuple[Structure, ...]:
+    made_up = tuple(Structure(c, f"label {c}") for c in range(1, max(2, probabilities.channels)))
+    return tuple(probabilities.meta.get("structures") or made_up)
