@@ -6,7 +6,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from medseg.cases import stem
 from medseg.crf import CRFParameters
 from medseg.inference import Predictor, load_image
 from medseg.io import is_dicom, read, supported_suffix, write
+from medseg.io.convert import mask_paths, write_masks
 from medseg.io.files import require_free
 from medseg.volume import LabelMap, Structure, Volume
 
@@ -159,7 +160,9 @@ def predict_files(
     out: str | PathLike[str],
     *,
     to: Sequence[str] = ("nifti",),
+    channels: Sequence[str] | None = None,
     probabilities: bool = False,
+    split: bool = False,
     crf: CRFParameters | None = None,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -172,8 +175,13 @@ def predict_files(
     ----------
     to : sequence of str
         Formats: "nifti", "nrrd", "seg", "rtstruct"; the last two need a DICOM series as input.
+    channels : sequence of str, optional
+        Names of the channels that the inputs hold, in their order, where some of the model's are missing.
     probabilities : bool
-        Whether to write ``<name>_probabilities.nii.gz``, too: float32, channel 0 the background.
+        Whether to write ``<name>_probabilities.nii.gz``, too: float32, channel 0 the background; where structures
+        overlap, one channel for each of them alone.
+    split : bool
+        Write one mask of each structure, ``<name>/<number>_<label>.nii.gz``, in place of one file.
     crf : CRFParameters, optional
         Refine the probabilities before the decision.
     progress : callable, optional
@@ -182,7 +190,8 @@ def predict_files(
     Returns
     -------
     Predictions
-        Files by name of the input, and reasons, which name the file, by name of the inputs that failed.
+        Files by name of the input, and reasons, which name the file, by name of the inputs that failed. Structures that
+        overlap are channels of one NIfTI or NRRD file, and segments or contours of a SEG or RTSTRUCT.
 
     Raises
     ------
@@ -196,33 +205,45 @@ def predict_files(
     All of these before anything is predicted.
     """
     out, result = Path(out), Predictions()
-    planned = {one.name: _outputs(one, out, to, probabilities) for one in inputs}
-    _require_writable(out, [path for outputs in planned.values() for path in outputs], force)
+    structures = predictor.plan.as_structures() if split else None
+    planned = {one.name: _outputs(one, out, to, probabilities, structures) for one in inputs}
+    _require_writable(out, [p for outputs in planned.values() for paths in outputs.values() for p in paths], force)
     for one in inputs:
         try:
-            labels, soft = predictor.predict(one.read(), probabilities=probabilities, crf=crf, progress=progress)
-            for path in planned[one.name]:
-                if not path.name.endswith(PROBABILITIES):
+            labels, soft = predictor.predict(
+                one.read(), channels=channels, probabilities=probabilities, crf=crf, progress=progress
+            )
+            for suffix, (path, *_) in planned[one.name].items():
+                if suffix == PROBABILITIES:
+                    if soft is not None:
+                        write(soft, path, force=force)
+                elif split and not suffix.endswith(".dcm"):
+                    write_masks(labels, out / one.name, suffix, force)
+                else:
                     write(labels, path, source=one.paths[0] if one.dicom else None, series=one.series, force=force)
-                elif soft is not None:
-                    write(replace(soft, meta={"structures": labels.structures}), path, force=force)
         except FAILURES as problem:
             where = "" if str(one.paths[0]) in str(problem) else f" in {one.paths[0]}"
             result.failed[one.name] = f"{problem}{where}"
         else:
-            result.written[one.name] = planned[one.name]
+            result.written[one.name] = [path for paths in planned[one.name].values() for path in paths]
     return result
 
 
-def _outputs(one: Input, out: Path, to: Sequence[str], probabilities: bool) -> list[Path]:
-    """The files to be written for an input."""
+def _outputs(
+    one: Input, out: Path, to: Sequence[str], probabilities: bool, split: Sequence[Structure] | None
+) -> dict[str, list[Path]]:
+    """The files to be written for an input, by suffix: one, or one for each structure of ``split``."""
     for kind in to:
         if kind not in SUFFIXES:
             raise ValueError(f"format must be one of {', '.join(SUFFIXES)}, got {kind!r}")
         if kind in ("seg", "rtstruct") and not one.dicom:
             raise ValueError(f"input must be a DICOM series for --to {kind}, got {one.paths[0]}; use --to nifti")
-    suffixes = [*(SUFFIXES[kind] for kind in dict.fromkeys(to)), *([PROBABILITIES] if probabilities else [])]
-    return [out / f"{one.name}{suffix}" for suffix in suffixes]
+    suffixes = [*(SUFFIXES[kind] for kind in to), *([PROBABILITIES] if probabilities else [])]
+    found = {suffix: [out / f"{one.name}{suffix}"] for suffix in suffixes}
+    for suffix in found if split else ():
+        if suffix in (SUFFIXES["nifti"], SUFFIXES["nrrd"]):  # the DICOM objects hold all structures
+            found[suffix] = mask_paths(split or (), out / one.name, suffix)
+    return found
 
 
 def _require_writable(out: Path, outputs: Sequence[Path], force: bool) -> None:

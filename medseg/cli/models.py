@@ -47,36 +47,43 @@ def predict(
     *,
     out: Path,
     to: Annotated[str, arg(metavar="nifti,nrrd,seg,rtstruct")] = "nifti",
+    channels: Annotated[str | None, arg(metavar="NAME,NAME")] = None,
     probabilities: bool = False,
+    split: bool = False,
     crf: bool = False,
+    raw: bool = False,
     series: str | None = None,
     device: Device = "auto",
     force: bool = False,
 ) -> int:
     """Predict files, folders of files or DICOM series with a trained run.
 
+    Structures that overlap are written as one channel each (or one mask each, with --split), and into DICOM as they are.
     Exit code 1 when an input could not be predicted; the others are.
 
     Args:
-        run: run folder of a training
+        run: run folder of a training; of train --fold all, whose folds are averaged
         inputs: image files, folders of image files, DICOM folders
         out: folder for the label maps
         to: formats, separated by commas; seg and rtstruct need a DICOM series
+        channels: names of the channels that the inputs hold, where some of the training's are missing
         probabilities: write the probabilities too
+        split: write one mask of each structure, NAME/<number>_<label>, in place of one nifti or nrrd file
         crf: refine slice by slice before the decision, as fitted on validation where the run says so
+        raw: leave out what validation chose, component filters and temperature of probabilities
         series: SeriesInstanceUID, number or name of the one series wanted of a DICOM folder
         device: where to compute
         force: overwrite outputs
     """
-    opened = medseg.Run.open(run)
-    parameters = medseg.crf_fit.crf_of_run(opened) if crf else None
-    predictor = medseg.Predictor.load(opened, device)
-    images = medseg.batch.find_inputs(inputs, len(opened.plan.channels), series)
+    predictor = medseg.Predictor.load(run, device, raw=raw)
+    parameters = medseg.crf_fit.crf_of_run(run) if crf else None
+    given = None if channels is None else tuple(name.strip() for name in channels.split(","))
+    images = medseg.batch.find_inputs(inputs, len(given or predictor.plan.channels), series)
     formats = tuple(name.strip() for name in to.split(","))
     with bar("predicting") as progress:
         done = medseg.batch.predict_files(
-            predictor, images, out, to=formats, probabilities=probabilities, crf=parameters, force=force,
-            progress=progress,
+            predictor, images, out, to=formats, channels=given, probabilities=probabilities, split=split,
+            crf=parameters, force=force, progress=progress,
         )  # fmt: skip
     for files in done.written.values():
         for path in files:

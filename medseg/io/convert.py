@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -255,7 +255,7 @@ def _convert_labels(source: Path, dst: PathLike, chosen: ConvertOptions, kind: s
         require_free(path, chosen.force)
     labels = _labels(source, chosen, kind)
     if chosen.split:
-        return _write_masks(labels, Path(dst), _SUFFIXES[to], chosen.force)
+        return write_masks(labels, Path(dst), _SUFFIXES[to], chosen.force)
     if to not in ("seg", "rtstruct"):
         write(labels, path, force=chosen.force)
         return [path]
@@ -324,9 +324,14 @@ def _only_series(like: Path, source: Path, kind: str) -> str | None:
     return referred[0].name if len(referred) == 1 else None
 
 
-def _write_masks(labels: LabelMap, folder: Path, suffix: str, force: bool) -> list[Path]:
+def mask_paths(structures: Sequence[Structure], folder: Path, suffix: str) -> list[Path]:
+    """``<number>_<label>`` of each structure."""
+    return [folder / f"{s.number}_{safe_name(s.name) or 'label'}{suffix}" for s in structures]
+
+
+def write_masks(labels: LabelMap, folder: Path, suffix: str, force: bool) -> list[Path]:
     """One file per structure: a mask of 0 and 1, or its probabilities."""
-    paths = [folder / f"{s.number}_{safe_name(s.name) or 'label'}{suffix}" for s in labels.structures]
+    paths = mask_paths(labels.structures, folder, suffix)
     for path in paths:
         require_free(path, force)
     for s, path in zip(labels.structures, paths, strict=True):
