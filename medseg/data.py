@@ -22,10 +22,10 @@ from medseg.cases import Case, Dataset, some
 from medseg.dataset_csv import dataset_of_csv
 from medseg.dataset_folder import dataset_of_folder
 from medseg.io import is_dicom, is_mask_folder, read_channels, read_labels
-from medseg.volume import Geometry, LabelMap, Volume, present_labels
+from medseg.volume import LabelMap, Volume, present_labels
 
 __all__ = [
-    "Case", "Dataset", "folds", "labelled_folds", "load_dataset", "mark_absent", "read_case_labels",
+    "Case", "Dataset", "folds", "labelled_folds", "load_dataset", "mark_absent", "read_case_labels", "read_reference",
 ]  # fmt: skip
 
 
@@ -137,15 +137,7 @@ def _numbers_in(case: Case) -> set[int]:
 
 
 def read_case_labels(case: Case, image: Volume | None = None) -> LabelMap:
-    """Read the label map of a case, on the grid of its image where one is given.
-
-    Parameters
-    ----------
-    case : Case
-        Whose ``label`` is a file, a DICOM-SEG or RTSTRUCT, or a folder of masks.
-    image : Volume, optional
-        Its image, on whose grid the labels must lie; a SEG or RTSTRUCT is put on it. Without it every label map keeps
-        the grid of its file.
+    """Read the label map of a case, on the grid of its image where one is given: see :func:`read_reference`.
 
     Raises
     ------
@@ -154,14 +146,32 @@ def read_case_labels(case: Case, image: Volume | None = None) -> LabelMap:
     """
     if case.label is None:
         raise ValueError(f"case must have a label, got none for {case.id}")
-    labels = read_labels(case.label, like=image if _is_placed_on_image(case.label) else None)
-    return labels if image is None else on_image_grid(labels, image.geometry, case.id)
+    return read_reference(case.label, image, case.id)
 
 
-def on_image_grid(labels: LabelMap, geometry: Geometry, case: str) -> LabelMap:
-    """Labels with the very grid of their image, which must be theirs within the tolerance of files."""
-    geometry.require_close(labels.geometry, f"label map and image of case {case}")
-    return replace(labels, geometry=geometry)
+def read_reference(path: str | os.PathLike[str], image: Volume | None, case: str) -> LabelMap:
+    """Read a label map on the grid of its image.
+
+    Parameters
+    ----------
+    path : path
+        A file, a DICOM-SEG or RTSTRUCT, or a folder of masks.
+    image : Volume or None
+        Its image, on whose grid the labels must lie; a SEG or RTSTRUCT is put on it. Without it every label map keeps
+        the grid of its file.
+    case : str
+        For messages.
+
+    Raises
+    ------
+    GeometryError
+        If its grid is not the image's.
+    """
+    labels = read_labels(path, like=image if _is_placed_on_image(Path(path)) else None)
+    if image is None:
+        return labels
+    image.geometry.require_close(labels.geometry, f"label map and image of case {case}")
+    return replace(labels, geometry=image.geometry)
 
 
 def _is_placed_on_image(label: Path) -> bool:

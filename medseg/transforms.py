@@ -1,12 +1,13 @@
 """Preprocessing as a MONAI dictionary pipeline.
 
 This is the only module that builds MONAI pipelines. A case goes in as ``{"image": paths or Volume, "label": path,
-LabelMap or None}`` and comes out on the planned grid, normalised, as MetaTensors.
+LabelMap or None, "unknown": numbers}`` and comes out on the planned grid, normalised, as MetaTensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,12 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, MapTransform
 
-from medseg.io import read_channels, read_labels
+from medseg.data import read_reference
+from medseg.io import read_channels
 from medseg.plan import ChannelPlan, Plan
 from medseg.resample import resample_to, straighten
-from medseg.volume import Geometry, LabelMap, Volume, present_labels
+from medseg.targets import known_structures, make_target, numbered_by_name, values_present
+from medseg.volume import Geometry, LabelMap, Volume
 
 __all__ = ["normalise", "planned_geometry", "preprocessing"]
 
@@ -39,8 +42,10 @@ def planned_geometry(native: Geometry, plan: Plan) -> Geometry:
     return grid if close else grid.with_spacing(target)
 
 
-def normalise(array: np.ndarray, channels: Sequence[ChannelPlan], case: str = "the image") -> np.ndarray:
-    """Normalise the channels of an image (C, I, J, K) as planned; float32.
+def normalise(
+    array: np.ndarray, channels: Sequence[ChannelPlan], case: str = "the image", missing: Collection[int] = ()
+) -> np.ndarray:
+    """Normalise the channels of an image (C, I, J, K) as planned; float32, 0 (the mean) in channels that are missing.
 
     Raises
     ------
@@ -50,7 +55,10 @@ def normalise(array: np.ndarray, channels: Sequence[ChannelPlan], case: str = "t
     if len(array) != len(channels):
         raise ValueError(f"image must have {len(channels)} channels as planned, got {len(array)} in {case}")
     out = np.empty(array.shape, np.float32)
-    for values, plan, target in zip(array, channels, out, strict=True):
+    for number, (values, plan, target) in enumerate(zip(array, channels, out, strict=True)):
+        if number in missing:
+            target[...] = 0
+            continue
         target[...] = values
         if not np.isfinite(target).all():
             raise ValueError(
@@ -80,7 +88,7 @@ def _to_meta(array: np.ndarray, geometry: Geometry) -> MetaTensor:
 class ReadCased(MapTransform):
     """Read "image" (paths of the channels, or a Volume) and "label" (a path or a LabelMap) on their native grid.
 
-    Skewed images are straightened; a label must lie on the grid of its image.
+    A channel whose path is None is missing. Skewed images are straightened; a label must lie on the grid of its image.
     """
 
     def __init__(self) -> None:
@@ -90,10 +98,12 @@ class ReadCased(MapTransform):
         out = dict(data)
         image = out["image"] if isinstance(out["image"], Volume) else read_channels(out["image"])
         label = out.get("label")
-        if label is not None:
-            label = (label if isinstance(label, LabelMap) else read_labels(label)).exclusive()
-            image.geometry.require_close(label.geometry, f"label map and image of case {out.get('case', '?')}")
-            label = LabelMap(label.array, image.geometry, label.structures)
+        case = str(out.get("case", "?"))
+        if isinstance(label, LabelMap):
+            image.geometry.require_close(label.geometry, f"label map and image of case {case}")
+            label = replace(label, geometry=image.geometry)
+        elif label is not None:
+            label = read_reference(label, image, case)
         if image.geometry.is_skewed:
             image = straighten(image)
             label = None if label is None else resample_to(label, image.geometry)
@@ -112,16 +122,20 @@ class Normalised(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         image = data["image"]
         case = str(data.get("case") or image.meta.get("path") or "the image")
-        return {**data, "image": Volume(normalise(image.array, self.channels, case), image.geometry, image.meta)}
+        missing = image.meta.get("missing_channels", ())
+        array = normalise(image.array, self.channels, case, missing)
+        return {**data, "image": Volume(array, image.geometry, image.meta)}
 
 
 class PlannedGridd(MapTransform):
-    """Put "image" (cubic) and "label" (class by class) on the planned grid; labels become class indices 0..K-1."""
+    """Put "image" (cubic) and "label" (:func:`medseg.targets.make_target`) on the planned grid.
+
+    "unknown" (labels that nobody drew) becomes "known", one answer per structure.
+    """
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(["image", "label"], allow_missing_keys=True)
         self.plan = plan
-        self.classes = {s.number: c for c, s in enumerate(plan.structures, start=1)}
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         out = dict(data)
@@ -132,17 +146,11 @@ class PlannedGridd(MapTransform):
             np.clip(channel, native.min(), native.max(), out=channel)
         out["image"], out["geometry"] = _to_meta(moved, grid), grid
         if label is not None:
-            unknown = [n for n in present_labels(label.array) if n and n not in self.classes]
-            if unknown:
-                raise ValueError(
-                    f"labels must be in the plan ({', '.join(map(str, self.classes))}), got {unknown[0]} in case "
-                    f"{out.get('case', '?')}; run medseg check, or plan anew"
-                )
-            numbers = np.asarray(resample_to(label, grid).array)
-            classes = np.zeros(numbers.shape, np.int16)
-            for number, index in self.classes.items():
-                classes[numbers == number] = index
-            out["label"] = _to_meta(classes, grid)
+            label = numbered_by_name(label, self.plan)
+            out["label"] = _to_meta(make_target(label, grid, self.plan, str(out.get("case", "?"))), grid)
+        if "unknown" in out:
+            present = () if label is None else values_present(label)
+            out["known"] = known_structures(self.plan, out.pop("unknown"), present)
         return out
 
 
@@ -167,7 +175,9 @@ def preprocessing(plan: Plan) -> Compose:
     Returns
     -------
     monai.transforms.Compose
-        Takes ``{"case": id, "image": paths or Volume, "label": path, LabelMap or None}``; gives "image", a float32
-        MetaTensor (C, I, J, K); "label", an int16 MetaTensor (I, J, K) of class indices, or None; "geometry".
+        Takes ``{"case": id, "image": paths or Volume, "label": path, LabelMap or None, "unknown": label numbers}``; gives
+        "image", a float32 MetaTensor (C, I, J, K), 0 in channels that are missing; "label", a MetaTensor of classes
+        (I, J, K) int16 or, where the plan is overlapping, layers (S, I, J, K) int8 or float16, -1 where a voxel does not
+        count, or None; "known", one bool per structure, where "unknown" is given; "geometry".
     """
     return Pipeline([ReadCased(), Normalised(plan.channels), PlannedGridd(plan)])
