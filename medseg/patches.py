@@ -46,16 +46,14 @@ def draw_batch(
     generator = np.random.default_rng([seed, step])
     foreground = int(batch * FOREGROUND_SHARE + generator.random())
     chosen = generator.permutation(batch) < foreground
-    images, labels, known = [], [], []
-    for on_structure in chosen:
-        case, place = _choose(cases, plan, bool(on_structure), generator)
-        image, label = _window(case, plan, place, generator)
-        images.append(torch.from_numpy(image))
-        labels.append(torch.from_numpy(label))
-        known.append(case.known)
-    soft = any(label.is_floating_point() for label in labels)
-    kind = torch.float32 if soft else torch.int8 if plan.overlapping else torch.int64
-    return torch.stack(images), torch.stack([label.to(kind) for label in labels]), torch.tensor(known)
+    drawn = [_choose(cases, plan, bool(on_structure), generator) for on_structure in chosen]
+    kind = torch.int64 if not plan.overlapping else torch.float32 if any(c.soft for c, _ in drawn) else torch.int8
+    layers = (len(plan.structures),) if plan.overlapping else ()
+    images = torch.empty(batch, len(plan.channels), *plan.patch)
+    labels = torch.empty(batch, *layers, *plan.patch, dtype=kind)
+    for image, label, (case, place) in zip(images, labels, drawn, strict=True):
+        _fill(image, label, case, plan, place, generator)
+    return images, labels, torch.tensor([case.known for case, _ in drawn])
 
 
 def _choose(
@@ -75,22 +73,36 @@ def _choose(
     return case, case.place(COUNTED, generator) if COUNTED in case.places else None
 
 
-def _window(
-    case: PreparedCase, plan: Plan, place: np.ndarray | None, generator: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Image (C, *patch) and label ([S,] *patch) of a patch that holds ``place`` somewhere."""
+def _fill(
+    image: Tensor,
+    label: Tensor,
+    case: PreparedCase,
+    plan: Plan,
+    place: np.ndarray | None,
+    generator: np.random.Generator,
+) -> None:
+    """Fill image (C, *patch) and label ([S,] *patch) with a patch that holds ``place`` somewhere."""
     shape = np.asarray(case.geometry.shape)
-    patch = np.asarray((*plan.patch, 1) if plan.dims == 2 else plan.patch)
+    patch = np.asarray((*plan.patch, 1)[:3])
     low, high = np.minimum(0, shape - patch), np.maximum(0, shape - patch)  # a smaller image lies anywhere in the patch
     if place is not None:
         low, high = np.maximum(low, place - patch + 1), np.minimum(high, place)
     start = generator.integers(low, high + 1)
     inside, stop = np.maximum(start, 0), np.minimum(start + patch, shape)
-    image, label = case.window(inside, stop)
-    padding = list(zip(inside - start, start + patch - stop, strict=True))
-    if any(before or after for before, after in padding):
-        image = np.pad(image, [(0, 0), *padding], mode="edge")
-        label = np.pad(label, [(0, 0)] * (label.ndim - 3) + padding, constant_values=IGNORE)
-    if plan.dims == 2:
-        image, label = image[..., 0], label[..., 0]
-    return np.ascontiguousarray(image), np.ascontiguousarray(label)
+    image, label = image.view(-1, *patch), label.view(-1, *patch)
+    window = (slice(None), *(slice(int(a), int(b)) for a, b in zip(inside - start, stop - start, strict=True)))
+    whole_patch = bool((stop - inside == patch).all())
+    if not whole_patch:
+        label.fill_(IGNORE)
+    for target, values in zip((image, label), case.window(inside, stop), strict=True):
+        target[window].copy_(torch.from_numpy(values.reshape(-1, *values.shape[-3:])))
+    if not whole_patch:
+        _extend(image, window)
+
+
+def _extend(image: Tensor, window: tuple[slice, ...]) -> None:
+    """Let the edge of what is inside the window (C, I, J, K) go on around it, axis by axis."""
+    for axis, inside in enumerate(window[1:], start=1):
+        for first, last, edge in ((0, inside.start, inside.start), (inside.stop, image.shape[axis], inside.stop - 1)):
+            if last > first:
+                image.narrow(axis, first, last - first).copy_(image.narrow(axis, edge, 1))

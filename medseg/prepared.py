@@ -65,10 +65,14 @@ class PreparedCase:
         return label if self.file.facts["layered"] else label[0]
 
     def window(self, start: Index, stop: Index) -> tuple[np.ndarray, np.ndarray]:
-        """Image and label of voxels start to stop; reads little more than these."""
+        """Image and label, as they are stored, of voxels start to stop; reads little more than these."""
         label = self.file.window("label", start, stop)
-        image = self.file.window("image", start, stop).astype(np.float32)
-        return image, label if self.file.facts["layered"] else label[0]
+        return self.file.window("image", start, stop), label if self.file.facts["layered"] else label[0]
+
+    @property
+    def soft(self) -> bool:
+        """Whether the label is shares of voxels, not classes."""
+        return bool(self.file.entries["label"].dtype.kind == "f")
 
     def place(self, number: int, generator: np.random.Generator) -> np.ndarray:
         """Index (3,) of a voxel of a class: first a size of component is drawn, then a component, then a voxel of it."""

@@ -162,7 +162,7 @@ class TestPatches:
         label = (voxels[0] % 5 == 0).astype(np.int16)
         stored = np.stack([label, 1 - label]).astype(np.int8) if layered else label
         case = written(folder, voxels, stored)
-        images, labels, _ = draw_batch([case], plan(overlapping=layered), 4, seed, step=1)
+        images, labels, _ = draw_batch([case], plan(structures=1 + layered, overlapping=layered), 4, seed, step=1)
         assert images.shape == (4, 1, 8, 6, 4)
         assert images.dtype == torch.float32
         assert labels.dtype == (torch.int8 if layered else torch.int64)
