@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
-from medseg.data import Case
-from medseg.io import read_channels, read_labels
+from medseg.cases import Case
+from medseg.data import read_case_labels
+from medseg.io import read_channels
 from medseg.volume import LabelMap
 
 __all__ = ["MOST_LABELS", "CaseFingerprint", "fingerprint"]
@@ -93,27 +94,22 @@ def fingerprint(
     return found
 
 
-def _look(case: Case, samples: int, united: bool) -> CaseFingerprint:
-    paths = [p for p in case.images if p is not None]
-    if not paths:
-        raise ValueError(f"case must have at least one image, got none in case {case.id}; leave it out")
-    image = read_channels(paths)
-    present = (True,) * image.channels if len(case.images) == 1 else tuple(p is not None for p in case.images)
-    picture = image.geometry.shape[2] == 1
+def _look(case: Case, count: int, united: bool) -> CaseFingerprint:
+    image = read_channels(case.images)
     native = np.asarray(image.array)
-    labels = None
-    if case.label is not None:
-        labels = read_labels(case.label)
-        image.geometry.require_close(labels.geometry, f"label map and image of case {case.id}")
+    missing = image.meta.get("missing_channels", ())
+    present = tuple(c not in missing for c in range(image.channels))
+    first = native[present.index(True)]
+    labels = None if case.label is None else read_case_labels(case, image)
     drawn = _Drawn({}, {}, {}, False) if labels is None else _look_at_labels(labels, united, case.id)
     seed = np.random.default_rng(0)
-    values = _sample(native, None if labels is None else np.asarray(labels.array), samples, seed)
+    samples = _sample(native, None if labels is None else np.asarray(labels.array), count, seed)
+    values = samples[list(present)]
     if not np.isfinite(values).all():
         raise ValueError(f"voxels must be finite, got NaN or Inf in case {case.id}; run medseg check")
-    least = native[0].min()
+    picture = image.geometry.shape[2] == 1
     geometry = image.geometry if picture else image.geometry.reoriented("RAS")
-    filled = np.full((len(present), values.shape[1]), np.nan, np.float32)
-    filled[list(present)] = values
+    least = first.min()
     return CaseFingerprint(
         id=case.id,
         picture=picture,
@@ -122,9 +118,9 @@ def _look(case: Case, samples: int, united: bool) -> CaseFingerprint:
         modality=image.modality,
         integers=bool(np.issubdtype(native.dtype, np.integer) or (values == np.rint(values)).all()),
         present=present,
-        samples=filled,
-        lowest=float(native.min()),
-        blank=_share(native[0], least),
+        samples=samples,
+        lowest=float(native[list(present)].min()) if missing else float(native.min()),
+        blank=_share(first, least),
         blank_inside=float(np.mean(values[0] == least)),
         names=drawn.names,
         counts=drawn.counts,

@@ -192,8 +192,8 @@ def fit_memory(network: Network, spacing: Sequence[float], precision: str, memor
         smaller = _smaller(small, spacing)
         if smaller is None:
             raise ValueError(
-                f"memory must hold at least {small.training_bytes(precision) / 1e6:.0f} MB for the smallest network of "
-                f"these images, got {memory / 1e6:.0f} MB; give more memory, or plan a coarser spacing"
+                f"memory must hold a training step of {small.training_bytes(precision) / 1e6:.0f} MB, the least for "
+                f"these images, got {memory / 1e6:.0f} MB for it; give more memory"
             )
         small = smaller
     by = " x "

@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from medseg.data import Case, Dataset
+from medseg.cases import Case, Dataset
 from medseg.fingerprint import CaseFingerprint, fingerprint
 from medseg.models import MODELS
 from medseg.network_plan import MIN_EDGE, Network, fit_memory, fit_patch, free_bytes, parse_bytes, widths
 from medseg.plan_record import ANY, FORMAT, ChannelPlan, Plan, StructurePlan
-from medseg.plan_structures import choose_mirror, choose_structures
+from medseg.plan_structures import choose_mirror, choose_structures, united
 from medseg.probe import fastest_precision, step_seconds
 
-__all__ = ["ANY", "FORMAT", "ChannelPlan", "Plan", "StructurePlan", "make_plan"]
+__all__ = ["ANY", "FORMAT", "ChannelPlan", "Plan", "StructurePlan", "make_plan", "united"]
 
 CPU_BATCH_VOXELS = 360_000  # about half a second a step on two cores at 16 to 128 features
 GPU_BATCH_VOXELS = 4_000_000
@@ -96,8 +96,8 @@ def make_plan(
     cases = [c for c in (dataset.cases if cases is None else cases) if c.label is not None]
     if not cases:
         raise ValueError(f"data set must hold labelled cases, got none in {dataset.root}")
-    united = any(ANY in labels for labels in (getattr(dataset, "regions", None) or {}).values())
-    looks = fingerprint(cases, united=united, workers=workers, progress=progress)
+    is_united = any(ANY in labels for labels in dataset.regions.values())
+    looks = fingerprint(cases, united=is_united, workers=workers, progress=progress)
     reasons: dict[str, str] = {}
     structures, overlapping = choose_structures(looks, dataset, overlapping, reasons)
     channels = _choose_normalisation(looks, dataset, reasons)
@@ -112,7 +112,7 @@ def make_plan(
     base = {
         "model": model, "dims": dims, "channels": channels, "structures": structures, "orientation": orientation,
         "spacing": planned, "mirror": mirror, "swaps": swaps, "overlapping": overlapping,
-        "ignore": getattr(dataset, "ignore", None), "encoder": MODELS[model].encoder,
+        "ignore": dataset.ignore, "encoder": MODELS[model].encoder,
     }  # fmt: skip
     machine = _Machine(device, memory, minutes)
     return _choose_network(base, shape[:dims], [s or 1.0 for s in planned[:dims]], machine, reasons)
@@ -215,7 +215,7 @@ class _Machine:
 
     def steps(self, seconds: float) -> int:
         """Steps that the minutes allow."""
-        return int(60 * (self.minutes or 0) * TRAINING_SHARE / max(seconds, 1e-6))
+        return round(60 * (self.minutes or 0) * TRAINING_SHARE / max(seconds, 1e-6))
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ def _choose_network(
     if timed and not shrunk:
         network, width = _widened(sketch, network, wider, precision, seconds)
     plan = sketch.plan(network, precision)
-    reasons |= _explained_network(sketch, network, voxels)
+    reasons |= _explained_network(sketch, network)
     reasons["features"] = f"{network.features[0]} in the finest stage, doubled per stage: {width}"
     need = network.training_bytes(precision)
     reasons["batch"] += f"{time}; a step takes about {need / 1e9:.1f} GB of {room_from}"
@@ -304,7 +304,7 @@ def _widened(
     return best, f"{best_s:.2g} s a step, about {steps} steps in {machine.minutes:g} min{limit}"
 
 
-def _explained_network(sketch: _Sketch, network: Network, voxels: int) -> dict[str, str]:
+def _explained_network(sketch: _Sketch, network: Network) -> dict[str, str]:
     by = " x "
     median = by.join(map(str, sketch.shape))
     count, device = math.prod(network.patch), "GPU" if sketch.machine.is_gpu else "CPU"
@@ -313,7 +313,7 @@ def _explained_network(sketch: _Sketch, network: Network, voxels: int) -> dict[s
         "patch": f"the median image ({median}), rounded up to what {len(network.strides)} poolings divide"
         if whole
         else f"as much of the median image ({median}) as {count} voxels hold, even in mm",
-        "batch": f"{network.batch} patches of {count} voxels: about {voxels} voxels a step on the {device}",
+        "batch": f"{network.batch} patches of {count} voxels, {network.batch * count} a step on the {device}",
         "strides": f"{len(network.strides)} poolings, until an edge would fall below {MIN_EDGE} voxels",
         "kernels": "3 along axes within a factor of 2 of the finest spacing, 1 across thicker slices",
     }

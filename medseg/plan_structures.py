@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from medseg.data import Dataset
+from medseg.cases import Dataset
 from medseg.fingerprint import MOST_LABELS, CaseFingerprint
 from medseg.plan_record import ANY, StructurePlan
 from medseg.volume import default_color
 
-__all__ = ["choose_mirror", "choose_structures", "side_pairs"]
+__all__ = ["choose_mirror", "choose_structures", "side_pairs", "united"]
 
 LEAST_INSTANCES = 16  # fewer numbers may be structures that are cut off in some cases
 SIDES = {
@@ -37,6 +38,11 @@ CHAMBERS = {"lv", "rv", "la", "ra", "lad", "rca"}  # sided without saying so
 SYMMETRIC = {"lateral", "frontal", "temporal", "parietal", "occipital", "insular"}  # the brain's ventricles and lobes
 
 
+def united(dataset: Dataset) -> Dataset:
+    """The same data set, of which all labels are learnt as one structure: instances, each with a number of its own."""
+    return replace(dataset, regions={"foreground": (ANY,)})
+
+
 def choose_structures(
     looks: Sequence[CaseFingerprint], dataset: Dataset, overlapping: bool, reasons: dict[str, str]
 ) -> tuple[tuple[StructurePlan, ...], bool]:
@@ -47,17 +53,19 @@ def choose_structures(
     ValueError
         If nothing is labelled, labels are negative or not declared, look like instances, or a structure is in no case.
     """
-    ignore = getattr(dataset, "ignore", None)
+    ignore = dataset.ignore
     cases_with: Counter[int] = Counter(n for look in looks for n in look.counts if n != ignore)
     negative = [look.id for look in looks if min((n for n in look.counts if n != ignore), default=0) < 0]
     if negative:
         raise ValueError(f"labels must be at least 0, got a negative label in case {negative[0]}; run medseg check")
     if not cases_with:
         raise ValueError("labels must mark at least one structure, got only background; run medseg check")
-    regions = getattr(dataset, "regions", None)
-    if regions:
-        found = _regions(regions, cases_with)
-        why = "regions declared by the data set"
+    is_united = any(ANY in labels for labels in dataset.regions.values())
+    if dataset.labels is not None and not is_united:
+        _require_declared(looks, dataset)
+    if dataset.regions:
+        found = _regions(dataset.regions, cases_with)
+        why = "all labels as one" if is_united else "regions declared by the data set"
     else:
         found, why = _plain(looks, dataset, cases_with)
     values = [v for s in found for v in s.values]
@@ -71,6 +79,16 @@ def choose_structures(
         reasons["ignore"] = "declared by the data set: voxels of this label do not count"
     reasons["structures"] = why + _occurrence(found, looks)
     return found, overlapping or shared or together
+
+
+def _require_declared(looks: Sequence[CaseFingerprint], dataset: Dataset) -> None:
+    for look in looks:
+        strange = [n for n in look.counts if n not in (dataset.labels or ()) and n != dataset.ignore]
+        if strange:
+            raise ValueError(
+                f"labels must be declared ({', '.join(map(str, dataset.labels or ()))}), got {strange[0]} in case "
+                f"{look.id}; run medseg check"
+            )
 
 
 def _regions(regions: Mapping[str, Sequence[int]], cases_with: Counter[int]) -> tuple[StructurePlan, ...]:
@@ -96,14 +114,7 @@ def _plain(
         names = {n: f"label {n}" for n in sorted(cases_with)} | _names_in_files(looks)
         names = {n: name for n, name in names.items() if n in cases_with}
     else:
-        names = {n: name for n, name in declared.items() if n != getattr(dataset, "ignore", None)}
-        for look in looks:
-            strange = [n for n in look.counts if n not in declared and n != getattr(dataset, "ignore", None)]
-            if strange:
-                raise ValueError(
-                    f"labels must be declared ({', '.join(map(str, declared))}), got {strange[0]} in case {look.id}; "
-                    "run medseg check"
-                )
+        names = dict(declared)
     absent = [f"{name} ({n})" for n, name in names.items() if n not in cases_with]
     if absent:
         raise ValueError(

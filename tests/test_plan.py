@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
+import torch
 
 import medseg
 from medseg.config import TrainConfig
@@ -204,3 +206,156 @@ def test_devices() -> None:
         pick_device("cuda:x")
     with pytest.raises(ValueError, match="device must be present, got cuda:99"):
         pick_device("cuda:99")
+
+
+class TestTimeAndMemory:
+    """A machine whose speed is known: seconds per million voxels of a batch, at 16 features."""
+
+    @pytest.fixture
+    def machine(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+        def set_speed(seconds: float, precision: str = "bf16-mixed") -> None:
+            def step_seconds(plan: Plan, device: str) -> float:
+                return seconds * plan.batch * float(np.prod(plan.patch)) / 1e6 * (plan.features[0] / 16) ** 1.5
+
+            monkeypatch.setattr(
+                medseg.plan, "fastest_precision", lambda plan, device: (precision, "tried", step_seconds(plan, device))
+            )
+            monkeypatch.setattr(medseg.plan, "step_seconds", step_seconds)
+
+        return set_speed
+
+    @pytest.fixture
+    def brain(self, tmp_path: Path) -> medseg.data.Dataset:
+        """Images of 40 x 56 x 40: a batch of 4 whole ones has 358400 voxels."""
+        for n in range(2):
+            write_case(tmp_path, f"case{n}", grid((36, 54, 37), (1.0, 1.0, 1.0)))
+        return medseg.load_dataset(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("minutes", "batch", "features"),
+        [
+            (2, 2, 16),  # 204 steps of 0.5 s in 85 % of the time: half the batch
+            (5, 4, 16),  # 510 steps
+            (20, 4, 16),  # 2040
+            (30, 4, 16),  # 3060 at 16 features, 2040 or fewer at 24
+            (60, 4, 24),  # 24 takes 1.84 times as long: 3331; 32 would be left with 2498 or fewer
+            (90, 4, 32),  # 32 takes 2.83 times as long: 3245
+        ],
+    )
+    def test_minutes_decide_batch_and_width(
+        self, machine: Callable[..., None], brain: medseg.data.Dataset, minutes: float, batch: int, features: int
+    ) -> None:
+        machine(0.5 / 0.3584)
+        plan = medseg.make_plan(brain, minutes=minutes)
+        assert (plan.patch, plan.batch, plan.features[0]) == ((40, 56, 40), batch, features)
+        assert plan.precision == "bf16-mixed"
+        if minutes == 2:
+            assert "half the usual, as 0.5 s a step leave but 204 steps" in plan.reasons["batch"]
+        if minutes == 20:
+            assert "0.5 s a step, about 2040 steps in 20 min; 24 would leave 1360 or fewer" in plan.reasons["features"]
+
+    def test_without_minutes_the_usual(self, machine: Callable[..., None], brain: medseg.data.Dataset) -> None:
+        machine(100.0, "32-true")
+        plan = medseg.make_plan(brain)
+        assert (plan.batch, plan.features, plan.precision) == (4, (16, 32, 64, 128), "32-true")
+        assert plan.reasons["precision"] == "tried"
+
+    def test_memory_shrinks_and_says_so(self, machine: Callable[..., None], brain: medseg.data.Dataset) -> None:
+        machine(1.0, "32-true")
+        large = medseg.make_plan(brain, memory="4GB")
+        assert large.batch == 4
+        assert "of 4GB, of which the program itself takes 0.7 GB" in large.reasons["batch"]
+        small = medseg.make_plan(brain, memory="1.15GB")
+        assert small.batch < 4
+        assert f"made smaller to fit: batch from 4 to {small.batch}" in small.reasons["batch"]
+        tiny_plan = medseg.make_plan(brain, memory="1.06GB")
+        assert max(tiny_plan.patch) < 56 and "patch from 40 x 56 x 40 to" in tiny_plan.reasons["batch"]
+        with pytest.raises(ValueError, match=r"must be more than the 700 MB that the program itself takes, got 500MB"):
+            medseg.make_plan(brain, memory="500MB")
+        with pytest.raises(ValueError, match="memory must be an amount like 4GB"):
+            medseg.make_plan(brain, memory="lots")
+
+    def test_a_wider_network_must_fit_too(self, machine: Callable[..., None], brain: medseg.data.Dataset) -> None:
+        machine(0.01)
+        assert medseg.make_plan(brain, minutes=60, memory="4GB").features[0] == 32
+        plan = medseg.make_plan(brain, minutes=60, memory="1.4GB")
+        assert plan.features[0] == 16
+        assert plan.batch == 4
+        assert "24 would not fit the memory" in plan.reasons["features"]
+
+    def test_gpu(self, machine: Callable[..., None], brain: medseg.data.Dataset) -> None:
+        machine(0.05)
+        plan = medseg.make_plan(brain, device="cuda", minutes=6, memory="40GB")
+        assert (plan.patch, plan.batch, plan.features[0]) == ((40, 56, 40), 16, 32)
+        small = medseg.make_plan(brain, device="cuda", memory="3GB")
+        assert small.batch < 16 and small.patch == (40, 56, 40)
+
+
+class TestTwoOrThreeDimensions:
+    @pytest.mark.parametrize(
+        ("shape", "spacing", "model", "why"),
+        [
+            ((40, 44, 25), (0.8, 0.8, 6.5), "unet3d", "volumes"),
+            ((40, 44, 9), (0.5, 0.5, 7.5), "unet2d", "slices are 15 times as thick"),
+            ((40, 44, 5), (1.0, 1.0, 3.0), "unet2d", "5 slices are too few"),
+            ((40, 44, 6), (1.0, 1.0, 1.0), "unet2d", "6 slices are too few"),
+            ((40, 1, 44), (1.0, 4.0, 1.0), "unet2d", "too few"),
+        ],
+    )
+    def test_slices_few_or_thick(
+        self, tmp_path: Path, shape: tuple[int, int, int], spacing: tuple[float, float, float], model: str, why: str
+    ) -> None:
+        geometry = grid(shape, spacing)
+        labels = np.zeros(shape, np.uint8)
+        labels[8:20] = 1
+        medseg.write(Volume(labels.astype(np.int16) * 9, geometry), tmp_path / "images" / "a.nii.gz")
+        medseg.write(LabelMap(labels, geometry), tmp_path / "labels" / "a.nii.gz")
+        plan = medseg.make_plan(medseg.load_dataset(tmp_path))
+        assert plan.model == model
+        assert why in plan.reasons["model"]
+        assert medseg.make_plan(medseg.load_dataset(tmp_path), model="unet3d").dims == 3
+
+
+class TestSettings:
+    def test_entries_by_hand(self) -> None:
+        plan = tiny.plan()
+        changed = plan.with_settings(
+            ["batch=7", "spacing=1,1,3", "features = 8,16", "mirror=[0, 1]", "precision=bf16-mixed", "ignore=9"]
+        )
+        assert (changed.batch, changed.spacing, changed.features) == (7, (1.0, 1.0, 3.0), (8, 16))
+        assert (changed.mirror, changed.precision, changed.ignore) == ((0, 1), "bf16-mixed", 9)
+        assert changed.reasons["batch"] == "set by hand"
+        assert changed.patch == plan.patch
+
+    @pytest.mark.parametrize(
+        ("setting", "message"),
+        [
+            ("batch", "setting must be entry=value with an entry of the plan .*, got 'batch'"),
+            ("colour=3", "setting must be entry=value"),
+            ("format=1", "setting must be entry=value"),
+            ("batch=many", "batch must be valid: .*, got 'many'"),
+            ("batch=0", "batch, features and spacing must be positive"),
+            ("features=8", "features must be valid"),
+            ("features=8,9,10", "features must be one more than strides"),
+            ("precision=fp8", "precision must be valid"),
+            ("ignore=5", "ignore must be a label of no structure, got 5"),
+            ("swaps=[[2,2]]", "swaps must pair numbers of structures, each at most once"),
+        ],
+    )
+    def test_what_does_not_fit_is_refused(self, setting: str, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            tiny.plan().with_settings([setting])
+
+    def test_exclusive_structures_share_no_label(self) -> None:
+        structures = [
+            {"number": n, "name": str(n), "color": (0, 0, 0), "labels": labels}
+            for n, labels in ((1, (1, 2)), (2, (2,)))
+        ]
+        values = {**tiny.plan().model_dump(), "structures": structures}
+        with pytest.raises(ValueError, match="must not share labels unless the plan is overlapping"):
+            Plan.make(**values)
+        assert Plan.make(**{**values, "overlapping": True}).outputs == 2
+
+    def test_built_network_is_the_planned_one(self) -> None:
+        network = tiny.plan().build()
+        assert network(torch.zeros(1, 1, 16, 16, 12)).shape == (1, 3, 16, 16, 12)
