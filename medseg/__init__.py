@@ -48,12 +48,15 @@ _MODULES = (
     "data",
     "demo",
     "device",
+    "evaluation",
     "io",
+    "lesions",
     "losses",
     "metrics",
     "plan",
     "report",
     "report_evaluation",
+    "scores",
     "statistics",
 )
 

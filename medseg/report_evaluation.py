@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from medseg.case_files import Sources, case_id, case_pairs, read_pair
+from medseg.case_files import Source, Sources, case_id, case_pairs, read_pair, sources
 from medseg.case_scores import aligned_pair
 from medseg.distribution import distribution_picture
+from medseg.evaluation import evaluate
 from medseg.io import read
 from medseg.report import METRIC_NAMES, metrics_blocks
 from medseg.report_html import Block, Cell, Facts, Interval, Picture, Section, Table, Text, write_report
 from medseg.report_pictures import planes_picture
 from medseg.resample import resample_to
 from medseg.scores import Evaluation
-from medseg.statistics import compare, worst_cases
+from medseg.statistics import compare, rank, worst_cases
 from medseg.volume import Geometry, LabelMap, Volume
 
-__all__ = ["report_of_evaluation"]
+__all__ = ["evaluate_predictions", "report_of_evaluation", "write_evaluation"]
 
 WORST = 3
 DRAWN = ("dice", "nsd", "hd95_mm")
@@ -29,7 +31,74 @@ LESIONS = {
     "lesion_sensitivity": "sensitivity", "lesion_precision": "precision", "lesion_f1": "F1", "pq": "PQ", "sq": "SQ",
     "rq": "RQ", "merges": "merges", "splits": "splits",
 }  # fmt: skip
-Images = Volume | str | os.PathLike[str] | Mapping[str, Volume | str | os.PathLike[str]]
+Image = Volume | str | os.PathLike[str]
+Images = Image | Mapping[str, Image] | Callable[[str], Image]
+
+
+def write_evaluation(
+    folder: str | os.PathLike[str],
+    evaluation: Evaluation,
+    prediction: Sources,
+    reference: Sources,
+    *,
+    force: bool = False,
+    **options: Any,
+) -> None:
+    """Write metrics.json, metrics.csv, lesions.csv (where asked for) and report.html into a folder.
+
+    Takes the options of :func:`report_of_evaluation`.
+
+    Raises
+    ------
+    FileExistsError
+        If one of them exists and ``force`` is not set.
+    """
+    evaluation.write(folder, force=force)
+    report_of_evaluation(Path(folder) / "report.html", evaluation, prediction, reference, force=force, **options)
+
+
+def evaluate_predictions(
+    folder: str | os.PathLike[str],
+    predictions: Mapping[str, Sequence[Path]],
+    reference: str | os.PathLike[str],
+    *,
+    failed: Collection[str] = (),
+    image: Images | None = None,
+    force: bool = False,
+) -> Evaluation:
+    """Evaluate what a prediction wrote, and write tables and report into its folder.
+
+    Parameters
+    ----------
+    folder : path
+        For the files of :func:`write_evaluation`.
+    predictions : mapping of case id to paths
+        The files written; the first label map of each case is evaluated, on any of the formats.
+    reference : path
+        A folder of label maps, those of other cases left out; or, of one case, the file.
+    failed : collection of case ids
+        Cases that could not be predicted: rows with a reason.
+    image, force
+        As for :func:`report_of_evaluation`.
+
+    Raises
+    ------
+    ValueError
+        If no case has a reference, or the file of one is given for several cases.
+    """
+    cases = {*predictions, *failed}
+    if Path(reference).is_dir():
+        references = {case: label for case, label in sources(reference, "reference").items() if case in cases}
+    elif len(cases) == 1:
+        references = dict.fromkeys(cases, reference)
+    else:
+        raise ValueError(
+            f"reference must be a folder for several predictions, got the file {reference} for {len(cases)}"
+        )
+    labels: dict[str, Source] = {case: paths[0] for case, paths in predictions.items()}
+    found = evaluate(labels, references)
+    write_evaluation(folder, found, labels, references, image=image, force=force, title="Prediction")
+    return found
 
 
 def report_of_evaluation(
@@ -39,7 +108,7 @@ def report_of_evaluation(
     reference: Sources,
     *,
     image: Images | None = None,
-    other: Evaluation | None = None,
+    others: Mapping[str, Evaluation] | None = None,
     resample: bool = False,
     title: str = "Evaluation",
     force: bool = False,
@@ -53,10 +122,10 @@ def report_of_evaluation(
     evaluation : Evaluation
     prediction, reference
         What was evaluated, as for :func:`medseg.evaluate`; only the cases that are shown are read again.
-    image : Volume, path, folder, or mapping of case id to these, optional
+    image : Volume, path, folder, or mapping or function of case id to these, optional
         Scans to show below the contours; a case without one is shown on black.
-    other : Evaluation, optional
-        Of another run on the same references, with which it is compared.
+    others : mapping of name to Evaluation, optional
+        Of other runs on the same references, with which it is compared and ranked.
     resample : bool
         As for :func:`medseg.evaluate`.
     title : str
@@ -85,8 +154,9 @@ def report_of_evaluation(
         what = "Boxes: quartiles; whiskers: 1.5 interquartile ranges; one point per case."
         plot = Picture(distribution_picture(evaluation.rows, drawn, colors), what, f"Spread over cases. {what}")
         sections.append(Section("Distribution", [plot]))
-    if other is not None:
-        sections.append(Section("Comparison", [_comparison(other, evaluation, m) for m in drawn]))
+    if others:
+        tables = [_comparison(name, other, evaluation, m) for name, other in others.items() for m in drawn]
+        sections.append(Section("Comparison", [_ranking(evaluation, others), *tables]))
     if pictures:
         sections.append(Section("Worst and median cases", pictures))
     sections.append(Section("All cases", [_by_case(evaluation), rows]))
@@ -106,7 +176,16 @@ def _lesion_tables(evaluation: Evaluation) -> list[Block]:
     return [Table("Lesions: means per case", ["structure", *LESIONS.values()], rows, is_open=True)]
 
 
-def _comparison(other: Evaluation, evaluation: Evaluation, metric: str) -> Table:
+def _ranking(evaluation: Evaluation, others: Mapping[str, Evaluation]) -> Table:
+    rows: list[list[Cell]] = [
+        [r.run, r.place, Interval(r.mean_rank, r.low, r.high), r.mean, r.missing]
+        for r in rank({"this run": evaluation, **others})
+    ]
+    head = ["run", "place", "mean rank (95 %)", "mean Dice", "missing"]
+    return Table("Ranks by Dice, averaged over cases and structures, the best first", head, rows, True)
+
+
+def _comparison(name: str, other: Evaluation, evaluation: Evaluation, metric: str) -> Table:
     """Paired differences of one metric, structure by structure."""
     rows: list[list[Cell]] = [
         [
@@ -122,9 +201,7 @@ def _comparison(other: Evaluation, evaluation: Evaluation, metric: str) -> Table
         for c in compare(other, evaluation, metric)
     ]
     head = ["structure", "pairs", "other run", "this run", "difference (95 %)", "better", "p", "p (Holm)"]
-    return Table(
-        f"{METRIC_NAMES[metric]}: this run minus the other, same cases, Wilcoxon signed-rank", head, rows, True
-    )
+    return Table(f"{METRIC_NAMES[metric]}: this run minus {name}, same cases, Wilcoxon signed-rank", head, rows, True)
 
 
 def _by_case(evaluation: Evaluation) -> Table:
@@ -168,10 +245,12 @@ def _scan(image: Images | None, case: str, labels: LabelMap) -> Volume:
     found = image
     if isinstance(image, Mapping):
         found = image.get(case)
+    elif callable(image):
+        found = image(case)
     elif image is not None and not isinstance(image, Volume) and Path(image).is_dir():
         files = [f for f in sorted(Path(image).iterdir()) if case_id(f) in (case, f"{case}_0000")]
         found = files[0] if files else None
-    if found is None or isinstance(found, Mapping):
+    if found is None or isinstance(found, Mapping) or callable(found):
         return Volume(np.zeros(grid.shape, np.uint8), grid)
     scan = found if isinstance(found, Volume) else read(found)
     return scan if scan.geometry.is_close(grid) else resample_to(scan, grid)

@@ -41,7 +41,7 @@ def folders(tmp_path):
 def test_report(folders):
     p, r = folders / "p", folders / "r"
     found = evaluate(p, r, lesions=True)
-    report_of_evaluation(folders / "report.html", found, p, r, image=folders / "i", other=found)
+    report_of_evaluation(folders / "report.html", found, p, r, image=folders / "i", others={"the same": found})
     page = (folders / "report.html").read_text()
     assert "<b>spleen" not in page and "&lt;b&gt;spleen" in page
     assert not re.search(r"(src|href)=\"(?!data:|#)", page)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tyro.conf import Positional
 
@@ -44,8 +44,14 @@ def evaluate(
     *,
     out: Path | None = None,
     image: Path | None = None,
-    compare: Path | None = None,
+    compare: tuple[Path, ...] = (),
     lesions: bool = False,
+    instances: bool = False,
+    matching: Literal["iou", "optimal", "overlap"] = "iou",
+    min_iou: float = 0.5,
+    connectivity: Literal[26, 18, 6] = 26,
+    definition: Literal["voxel", "pooled", "area"] = "voxel",
+    missing: Literal["diagonal", "nan"] = "diagonal",
     tolerance_mm: float = 1.0,
     labels_present: bool = False,
     resample: bool = False,
@@ -55,15 +61,22 @@ def evaluate(
 ) -> int:
     """Compare predictions with references: rows per case and structure, summary with confidence intervals.
 
-    Exit code 1 when a case could not be scored.
+    Exit code 1 when a case could not be scored. Files of probabilities (<case>_probabilities.nii.gz) beside or in place of
+    label maps add soft Dice, Brier score and calibration error.
 
     Args:
         prediction: a label map or a folder of them
         reference: a label map or a folder of them (matched by file name)
-        out: folder for metrics.json, metrics.csv and report.html
+        out: folder for metrics.json, metrics.csv, lesions.csv and report.html; or a file of rows, .csv or .parquet
         image: scan or folder of scans of the same names, shown in the report
-        compare: another prediction or folder of them, compared case by case with the first
+        compare: other predictions or folders of them, compared case by case with the first; all are ranked
         lesions: count the connected components that were found, missed and made up
+        instances: the values of label maps are instances of one kind (cells, say): PQ, F1, AP50, AP75, mean AP
+        matching: of lesions: one to one by highest IoU, one to one with the largest sum of IoUs, or any shared voxel
+        min_iou: least IoU of a lesion with its match
+        connectivity: voxels of one lesion touch by a corner (26), an edge (18) or a face (6)
+        definition: of a surface: border voxels; the same, distances of both directions pooled; or elements by area
+        missing: distance where one side lacks a structure: the diagonal of the image, or none
         tolerance_mm: tolerance of the normalised surface Dice, in mm
         labels_present: score only structures that the reference of the case holds
         resample: put predictions on another grid onto that of the reference
@@ -71,19 +84,21 @@ def evaluate(
         json: print JSON
         force: overwrite outputs
     """
+    rule = medseg.lesions.Lesions(matching, min_iou, connectivity, instances=instances)
+    runs = {}
     with bar("evaluating") as progress:
-
-        def scored(side: Path) -> Any:
-            return medseg.evaluate(
-                side, reference, tolerance_mm=tolerance_mm, lesions=lesions, labels_present=labels_present,
-                resample=resample, common_only=common_only, progress=progress,
+        for side in dict.fromkeys((prediction, *compare)):
+            runs[str(side)] = medseg.evaluate(
+                side, reference, tolerance_mm=tolerance_mm, surface=medseg.evaluation.Surface(definition, missing),
+                lesions=rule if lesions or instances else False, labels_present=labels_present, resample=resample,
+                common_only=common_only, progress=progress,
             )  # fmt: skip
-
-        found, other = scored(prediction), scored(compare) if compare else None
-    if out is not None:
-        found.write(out, force=force)
-        medseg.report_evaluation.report_of_evaluation(
-            out / "report.html", found, prediction, reference, image=image, other=other, resample=resample, force=force
+    found = runs.pop(str(prediction))
+    if out is not None and out.suffix:
+        medseg.scores.write_rows(found.rows, out, found.columns, force=force)
+    elif out is not None:
+        medseg.report_evaluation.write_evaluation(
+            out, found, prediction, reference, image=image, others=runs, resample=resample, force=force
         )
-    show_evaluation(found, json, [] if other is None else medseg.statistics.compare(other, found))
+    show_evaluation(found, json, runs)
     return 1 if found.failed else 0

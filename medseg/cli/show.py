@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from json import dumps, loads
 from typing import Annotated, Any
 
 from rich.console import Console
@@ -13,11 +13,18 @@ from rich.progress import Progress
 from rich.table import Table
 from tyro.conf import arg
 
+import medseg
+
 __all__ = ["Device", "bar", "print_json", "print_table", "say", "show_evaluation", "show_warning"]
 
 Device = Annotated[str, arg(metavar="auto|cpu|cuda[:n]")]
 ERR = Console(stderr=True)
-METRICS = ("iou", "dice", "hd95_mm", "nsd")
+METRICS = {"iou": "IoU", "dice": "Dice", "hd95_mm": "HD95 (mm)", "nsd": "NSD"}
+LESIONS = {
+    "lesion_f1": "lesion F1", "lesion_sensitivity": "sensitivity", "false_positives": "false positives", "pq": "PQ",
+    "ap50": "AP50", "ap75": "AP75", "ap": "mean AP",
+}  # fmt: skip
+PROBABILITIES = {"soft_dice": "soft Dice", "brier": "Brier score", "ece": "calibration error"}
 
 
 def show_warning(message: Warning | str, category: type[Warning], *rest: Any) -> None:
@@ -36,36 +43,51 @@ def print_table(table: Table) -> None:
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1))
+    print(dumps(value, indent=1))
 
 
-def show_evaluation(evaluation: Any, json: bool, comparisons: Sequence[Any] = ()) -> None:
-    """Print an Evaluation, and how it compares with another, as JSON or as tables."""
+def show_evaluation(evaluation: Any, json: bool, others: Mapping[str, Any] | None = None) -> None:
+    """Print an Evaluation, and how it compares with those of other runs on the same cases, as JSON or as tables."""
+    others = others or {}
+    comparisons = {name: medseg.statistics.compare(other, evaluation) for name, other in others.items()}
+    ranks = medseg.statistics.rank({"this": evaluation, **others}) if others else []
     if json:
-        _print_evaluation(evaluation, comparisons)
+        more = {"comparison": {name: _plain(own) for name, own in comparisons.items()}, "ranking": _plain(ranks)}
+        print_json({**loads(evaluation.to_json()), **(more if others else {})})
         return
-    table = Table("structure", "cases", "IoU", "Dice", "HD95 (mm)", "NSD")
-    for row in evaluation.summary:
-        cells = [f"{row[m]['mean']:.3f} [{row[m]['ci95'][0]:.3f}, {row[m]['ci95'][1]:.3f}]" for m in METRICS]
-        table.add_row(row["structure"], str(row["n_defined"]), *cells)
-    print_table(table)
+    _print_summary(evaluation)
     for row in evaluation.failed:
         say(f"{row['case']}: {row['error']}")
-    if comparisons:
-        table = Table("structure", "pairs", "Dice of --compare", "Dice", "difference", "p (Wilcoxon, Holm)")
-        for c in comparisons:
+    for name, own in comparisons.items():
+        table = Table("structure", "pairs", "Dice of the other", "Dice", "difference", "p (Wilcoxon, Holm)", title=name)
+        for c in own:
             change = f"{c.difference:+.3f} [{c.low:+.3f}, {c.high:+.3f}]"
             table.add_row(c.structure, str(c.n), f"{c.first:.3f}", f"{c.second:.3f}", change, f"{c.p_holm:.3g}")
         print_table(table)
+    if ranks:
+        table = Table("place", "run", "mean rank by Dice", "mean Dice", "missing")
+        for r in ranks:
+            interval = f"{r.mean_rank:.2f} [{r.low:.2f}, {r.high:.2f}]"
+            table.add_row(str(r.place), r.run, interval, f"{r.mean:.3f}", str(r.missing))
+        print_table(table)
 
 
-def _print_evaluation(evaluation: Any, comparisons: Sequence[Any]) -> None:
-    """The JSON of an Evaluation, with the key "comparison" where there is one; NaN is null."""
-    if not comparisons:
-        print(evaluation.to_json())
-        return
-    rows = [{key: None if v != v else v for key, v in asdict(c).items()} for c in comparisons]
-    print_json({**json.loads(evaluation.to_json()), "comparison": rows})
+def _print_summary(evaluation: Any) -> None:
+    """Means with their intervals, of the usual metrics and of those of lesions and probabilities where measured."""
+    for metrics in (METRICS, LESIONS, PROBABILITIES):
+        shown = {m: name for m, name in metrics.items() if m in evaluation.metrics}
+        if not shown:
+            continue
+        table = Table("structure", "cases", *shown.values())
+        for row in evaluation.summary:
+            cells = [f"{row[m]['mean']:.3f} [{row[m]['ci95'][0]:.3f}, {row[m]['ci95'][1]:.3f}]" for m in shown]
+            table.add_row(row["structure"], str(row["n_defined"]), *cells)
+        print_table(table)
+
+
+def _plain(rows: Sequence[Any]) -> list[dict[str, Any]]:
+    """Dataclasses as JSON types; NaN is null."""
+    return [{key: None if value != value else value for key, value in asdict(row).items()} for row in rows]
 
 
 @contextmanager
