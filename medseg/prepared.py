@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from medseg.volume import Geometry
 
 __all__ = ["PreparedCase", "prepare"]
 
-FORMAT = 2  # of the files and of what preprocessing does; older ones are made anew
+FORMAT = 3  # of the files and of what preprocessing does; older ones are made anew
 RECIPE = {"channels", "structures", "orientation", "spacing", "format", "dims", "overlapping", "ignore"}
 DETACHED = (".mhd", ".nhdr", ".hdr", ".img")  # headers whose voxels lie in another file of the same name
 ENDS = 1 << 16  # bytes of both ends of a file that are looked at
@@ -114,7 +115,8 @@ def prepare(
             except ValueError:  # cut short by a full or failing disk
                 path.unlink(missing_ok=True)
         try:
-            _write(path, case, plan, pipeline({"case": case.id, "image": case.images, "label": case.label}))
+            data = {"case": case.id, "image": case.images, "label": case.label, "unknown": case.unknown}
+            _write(path, pipeline(data), plan.dims)
         except MemoryError as problem:
             raise MemoryError(f"case {case.id} must fit memory while it is prepared; use fewer --workers") from problem
         except (ValueError, TypeError, RuntimeError) as problem:
@@ -137,15 +139,12 @@ def prepare(
     return prepared
 
 
-def _write(path: Path, case: Case, plan: Plan, data: dict[str, object]) -> None:
+def _write(path: Path, data: Mapping[str, Any], dims: int) -> None:
     image, label = (np.asarray(data[name]) for name in ("image", "label"))
-    geometry = data["geometry"]
-    if not isinstance(geometry, Geometry):
-        raise TypeError(f"geometry must be a Geometry, got {type(geometry).__name__}")
     rows, places = find_places(label)
     facts = {
-        "affine": geometry.affine.tolist(),
-        "known": data.get("known") or _known(case, plan, places),
+        "affine": data["geometry"].affine.tolist(),
+        "known": data["known"],
         "places": places,
         "layered": label.ndim == 4,
     }
@@ -155,15 +154,7 @@ def _write(path: Path, case: Case, plan: Plan, data: dict[str, object]) -> None:
         "label": label[None] if label.ndim == 3 else label,
     }
     with atomic_path(path, force=True) as temporary:
-        BlockFile.write(temporary, plan.dims, layered, {"places": rows}, facts)
-
-
-def _known(case: Case, plan: Plan, places: Places) -> list[bool]:
-    """A structure is unknown where one of its labels was not drawn, and nothing of it is there."""
-    return [
-        not set(s.values) & set(case.unknown) or (n in places and len(s.values) == 1)
-        for n, s in enumerate(plan.structures, start=1)
-    ]
+        BlockFile.write(temporary, dims, layered, {"places": rows}, facts)
 
 
 def _key(case: Case, recipe: str) -> str:
