@@ -10,15 +10,14 @@ from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 
-import numpy as np
-
 from medseg.cases import stem
 from medseg.crf import CRFParameters
 from medseg.inference import Predictor, load_image
 from medseg.io import is_dicom, read, supported_suffix, write
 from medseg.io.convert import mask_paths, write_masks
 from medseg.io.files import require_free
-from medseg.volume import LabelMap, Structure, Volume
+from medseg.probability_maps import labels_of
+from medseg.volume import Structure, Volume
 
 __all__ = ["Input", "Predictions", "find_inputs", "labels_of", "predict_files"]
 
@@ -256,21 +255,3 @@ def _require_writable(out: Path, outputs: Sequence[Path], force: bool) -> None:
         if outputs.count(path) > 1:
             raise ValueError(f"outputs must have distinct names, got {path.name} twice; rename an input")
         require_free(path, force)
-
-
-def labels_of(probabilities: Volume) -> LabelMap:
-    """The structure of the largest probability (I, J, K), with the numbers and names that the file states.
-
-    Parameters
-    ----------
-    probabilities : Volume (C, I, J, K)
-        Channel 0 is the background, channel c the structure c - 1 of ``meta["structures"]`` (number c where there are
-        none); one channel alone is that of a structure, taken from one half.
-    """
-    array = np.asarray(probabilities.array)
-    classes = (array[0] >= 0.5).astype(np.intp) if len(array) == 1 else array.argmax(0)
-    made_up = tuple(Structure(c, f"label {c}") for c in range(1, max(2, len(array))))
-    structures: tuple[Structure, ...] = probabilities.meta.get("structures") or made_up
-    numbers = np.array([0, *(s.number for s in structures)])
-    labels = numbers.astype(np.min_scalar_type(int(numbers.max())))[classes]
-    return LabelMap(labels, probabilities.geometry, structures)
