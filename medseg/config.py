@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -79,20 +80,37 @@ class TrainOptions(Record):
 
     out: Path = Field(description="run folder")
     model: str | None = Field(None, description="a name of MODELS; as the images are when not given")
-    fold: int = Field(0, ge=0, description="which fold is held out for validation")
-    folds: int = Field(5, ge=2, description="number of folds")
+    fold: Annotated[int, Field(ge=0)] | Literal["all", "none"] = Field(
+        0, description="which fold is held out for validation; all trains one after the other, none holds out no case"
+    )
+    folds: int | None = Field(None, ge=2, description="number of folds; 5, or as many as there are patients if fewer")
+    split_seed: int = Field(12345, ge=0, description="of the shuffle that makes the folds; nnU-Net's by default")
     epochs: int | None = Field(None, ge=1, description="epochs; one epoch draws as many patches as there are cases")
     minutes: float | None = Field(None, gt=0, description="time for everything: reading, training, validation")
     batch: int | None = Field(None, ge=1, description="patches per step; the plan's when not given")
+    accumulate: int = Field(1, ge=1, description="parts a batch is computed in, one after the other, to save memory")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with Nesterov momentum 0.99")
     learning_rate: float = Field(2e-3, gt=0, description="at its highest")
-    weight_decay: float = Field(1e-2, ge=0, description="of AdamW, decoupled")
+    weight_decay: float = Field(1e-2, ge=0, description="decoupled in AdamW")
     group: str | None = Field(None, description="regular expression whose group 1 on the case id is the patient")
+    absent: Literal["background", "unknown"] = Field(
+        "background", description="what a label is in a case that does not hold it: absent, or not drawn"
+    )
+    overlapping: bool = Field(False, description="a sigmoid for each structure, even if the labels exclude each other")
     plan: Path | None = Field(None, description="a plan.json to use instead of planning")
+    memory: str | None = Field(
+        None, description="what the training may take, like 4GB; half of what is free by default"
+    )
+    init: str | None = Field(
+        None, description="start from the weights of this run, of this file for the encoder, or of imagenet"
+    )
+    freeze: bool = Field(False, description="keep the encoder as it starts")
     device: str = Field("auto", description="where to compute: auto, cpu, cuda or cuda:n")
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = Field(
-        "auto", description="auto tries which is faster on a CPU"
+        "auto", description="that of the plan by default"
     )
     workers: int = Field(2, ge=0, description="threads that read and preprocess cases")
+    deterministic: bool = Field(False, description="the same result on the same machine every time, slower on a GPU")
     seed: int = Field(0, ge=0, description="of weights, patches and augmentation")
     resume: bool = Field(False, description="go on from the last checkpoint")
     force: bool = Field(False, description="replace an existing run folder")
@@ -101,8 +119,10 @@ class TrainOptions(Record):
     def _one_limit(self) -> Self:
         if self.epochs is not None and self.minutes is not None:
             raise ValueError("epochs and minutes must not both be given")
-        if self.fold >= self.folds:
+        if isinstance(self.fold, int) and self.fold >= (self.folds or math.inf):
             raise ValueError(f"fold must be below the number of folds {self.folds}, got {self.fold}")
+        if self.freeze and self.init is None:
+            raise ValueError("freeze must go with init, got no weights to start from")
         return self
 
 

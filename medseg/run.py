@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,13 +20,16 @@ from torch import Tensor, nn
 
 from medseg.config import TrainConfig
 from medseg.io.files import atomic_path
-from medseg.models import build_model
+from medseg.models.network import SegmentationNetwork
 from medseg.plan import FORMAT, Plan
 from medseg.scores import Evaluation
 
 __all__ = ["Run", "environment"]
 
-WEIGHTS, CHECKPOINT = "weights.safetensors", "checkpoint.safetensors"
+WEIGHTS = "weights.safetensors"
+CHECKPOINTS = ("checkpoint.safetensors", "checkpoint.previous.safetensors")  # the last and the one before it
+
+log = logging.getLogger("medseg")
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,8 @@ class Run:
     """A run folder.
 
     ``config.json`` and ``plan.json`` say what was trained and how, ``weights.safetensors`` holds the best weights,
-    ``checkpoint.safetensors`` all that ``--resume`` needs, ``history.json`` the curve, ``metrics.json`` the validation,
+    ``checkpoint.safetensors`` all that ``--resume`` needs (``checkpoint.previous.safetensors`` is the one before, should
+    that be damaged), ``history.json`` the curve, ``training.json`` time and memory, ``metrics.json`` the validation,
     ``environment.json`` versions and machine.
     """
 
@@ -74,17 +80,9 @@ class Run:
             )
         return cls(path, TrainConfig.load(path / "config.json"), Plan.load(path / "plan.json"))
 
-    def build(self) -> nn.Module:
+    def build(self) -> SegmentationNetwork:
         """The planned network with fresh weights."""
-        plan = self.plan
-        return build_model(
-            plan.model,
-            in_channels=len(plan.channels),
-            out_channels=plan.outputs,
-            features=plan.features,
-            strides=plan.strides,
-            kernels=plan.kernels,
-        )
+        return self.plan.build()
 
     def network(self, device: torch.device | str = "cpu") -> nn.Module:
         """The network with the best weights, in eval mode.
@@ -111,7 +109,7 @@ class Run:
 
     def has_checkpoint(self) -> bool:
         """Whether there is something to resume from."""
-        return (self.path / CHECKPOINT).is_file()
+        return any((self.path / name).is_file() for name in CHECKPOINTS)
 
     def evaluation(self) -> Evaluation:
         """The metrics of the validation cases.
@@ -131,26 +129,39 @@ class Run:
         save_tensors(self.path / WEIGHTS, tensors, {})
 
     def save_checkpoint(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Write tensors and state for a later ``--resume``, atomically in one file."""
-        save_tensors(self.path / CHECKPOINT, tensors, state)
+        """Write tensors and state for a later ``--resume``, atomically in one file; the last one is kept beside it."""
+        last, previous = (self.path / name for name in CHECKPOINTS)
+        fresh = last.with_name("checkpoint.next.safetensors")
+        save_tensors(fresh, tensors, state)
+        if last.is_file():
+            os.replace(last, previous)
+        os.replace(fresh, last)
 
     def load_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and state of the last checkpoint.
+        """Tensors and state of the last checkpoint, or of the one before it where that is missing or damaged.
 
         Raises
         ------
         FileNotFoundError, ValueError
-            If there is none, or it is damaged.
+            If there is none, or all are damaged.
         """
-        path = self.path / CHECKPOINT
-        if not path.is_file():
-            raise FileNotFoundError(f"run must hold {CHECKPOINT} to be resumed, got none in {self.path}")
-        try:
-            with safe_open(path, "pt") as file:
-                state = json.loads((file.metadata() or {}).get("state", "{}"))
-            return load_file(path), state
-        except SafetensorError as problem:
-            raise ValueError(f"checkpoint must be whole, got a damaged {path}: {problem}") from problem
+        problems = []
+        for path in (self.path / name for name in CHECKPOINTS):
+            if not path.is_file():
+                continue
+            try:
+                with safe_open(path, "pt") as file:
+                    state = json.loads((file.metadata() or {}).get("state", "{}"))
+                tensors = load_file(path)
+            except SafetensorError as problem:
+                problems.append(f"{path}: {problem}")
+                continue
+            if problems:
+                log.warning("checkpoint is damaged, going on from the one before it: %s", problems[0])
+            return tensors, state
+        if problems:
+            raise ValueError(f"checkpoint must be whole, got a damaged {'; '.join(problems)}; train anew with --force")
+        raise FileNotFoundError(f"run must hold {CHECKPOINTS[0]} to be resumed, got none in {self.path}")
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:

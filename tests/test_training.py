@@ -95,10 +95,10 @@ def test_interrupted_training_resumes_to_the_same_weights(
     whole = medseg.train(config(dataset, tmp_path / "whole", epochs=2), tiny.plan())
     step = training.Learner._train_step
 
-    def stopped(self: training.Learner, *patches: torch.Tensor) -> float:
+    def stopped(self: training.Learner, *given: object) -> float:
         if self.step == 25:
             raise KeyboardInterrupt
-        return step(self, *patches)
+        return step(self, *given)  # type: ignore[arg-type]
 
     monkeypatch.setattr(training.Learner, "_train_step", stopped)
     with caplog.at_level(logging.WARNING), pytest.raises(KeyboardInterrupt):
@@ -191,7 +191,7 @@ class TestBadInput:
     def test_label_outside_the_plan(self, dataset: Path, tmp_path: Path) -> None:
         plan = tiny.plan()
         plan = plan.model_copy(update={"structures": plan.structures[:1]})
-        with pytest.raises(ValueError, match=r"labels must be in the plan \(2\), got 5 in case case"):
+        with pytest.raises(ValueError, match=r"labels must be in the plan \(2\), got 5 .dark. in case case"):
             medseg.train(config(dataset, tmp_path / "run"), plan)
 
     def test_no_run(self, tmp_path: Path) -> None:
@@ -224,15 +224,6 @@ class TestBadInput:
         two = medseg.Volume(np.concatenate([image.array, image.array]), image.geometry)
         with pytest.raises(ValueError, match="image must have 1 channels as planned, got 2"):
             medseg.predict(run, two, device="cpu")
-
-    def test_loss_that_is_not_finite_is_explained(
-        self, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(
-            training.DeepSupervision, "forward", lambda *_: torch.tensor(float("nan"), requires_grad=True)
-        )
-        with pytest.raises(ValueError, match="loss must stay finite, got nan at step 0"):
-            medseg.train(config(dataset, tmp_path / "run"), tiny.plan())
 
     def test_too_few_cases_for_the_folds(self, dataset: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="number of folds"):

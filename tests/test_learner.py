@@ -1,0 +1,257 @@
+"""The training loop: exact resume after a kill, several processes, losses that are not finite, budgets, small sets."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+import medseg
+from medseg import learner
+from medseg.config import TrainConfig
+from medseg.run import Run
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+import tiny
+import medseg
+from medseg import learner
+learner.CHECKPOINT_S = 0.0
+config = medseg.TrainConfig.make(
+    dataset={dataset!r}, out={out!r}, epochs=2, folds=3, device="cpu", learning_rate=0.01, seed=4, resume={resume}
+)
+medseg.train(config, tiny.plan())
+"""
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_dataset(tmp_path_factory.mktemp("set"))
+
+
+def config(dataset: Path, out: Path, **changes: object) -> TrainConfig:
+    values = {
+        "dataset": dataset,
+        "out": out,
+        "epochs": 2,
+        "folds": 3,
+        "device": "cpu",
+        "learning_rate": 0.01,
+        "seed": 4,
+    }
+    return TrainConfig.make(**{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def whole(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A training of 40 steps that nothing stopped."""
+    return medseg.train(config(dataset, tmp_path_factory.mktemp("whole") / "run"), tiny.plan())
+
+
+def script(dataset: Path, out: Path, resume: bool = False) -> str:
+    return SCRIPT.format(tests=str(Path(__file__).parent), dataset=str(dataset), out=str(out), resume=resume)
+
+
+def same_state(a: Run, b: Run, tolerance: float = 0.0) -> None:
+    """Weights, averaged weights and optimiser state of the last checkpoints, and all losses."""
+    one, two = (load_file(r.path / "checkpoint.safetensors") for r in (a, b))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert torch.allclose(tensor, two[name], rtol=tolerance, atol=tolerance), name
+    losses = [[h["loss"] for h in json.loads((r.path / "history.json").read_text())] for r in (a, b)]
+    assert len(losses[0]) > 1
+    assert np.allclose(*losses, rtol=tolerance, atol=tolerance)
+
+
+def test_killed_at_any_step_it_resumes_to_the_same_losses_and_weights(
+    whole: Run, dataset: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on their number
+    child = subprocess.Popen([sys.executable, "-c", script(dataset, out)], env=environment, stderr=subprocess.PIPE)
+    until = time.monotonic() + 120
+    while not (out / "checkpoint.previous.safetensors").is_file() and time.monotonic() < until:
+        time.sleep(0.005)
+    time.sleep(0.3)  # somewhere in the middle
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    assert child.returncode == -signal.SIGKILL
+    assert not (out / "metrics.json").exists()
+    stopped_at = Run.open(out).load_checkpoint()[1]["step"]
+    assert 0 < stopped_at < 40
+    resumed = medseg.train(config(dataset, out, resume=True))
+    same_state(whole, resumed)
+    assert torch.equal(*(load_file(r.path / "weights.safetensors")["heads.0.weight"] for r in (whole, resumed)))
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(
+    whole: Run, dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = learner.Learner._train_step
+
+    def stopped(self: learner.Learner, batch: learner.Batch, progress: float) -> float:
+        if self.step == 25:
+            raise KeyboardInterrupt
+        return step(self, batch, progress)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(learner.Learner, "_train_step", stopped)
+        medseg.train(config(dataset, tmp_path / "run"), tiny.plan())
+    checkpoint = tmp_path / "run" / "checkpoint.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with caplog.at_level(logging.WARNING):
+        resumed = medseg.train(config(dataset, tmp_path / "run", resume=True))
+    assert "checkpoint is damaged, going on from the one before it" in caplog.text
+    same_state(whole, resumed)
+
+
+def test_two_processes_do_what_one_does(whole: Run, dataset: Path, tmp_path: Path) -> None:
+    file = tmp_path / "script.py"
+    file.write_text(script(dataset, tmp_path / "run"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    both = Run.open(tmp_path / "run")
+    same_state(whole, both, tolerance=2e-4)
+    facts = json.loads((both.path / "training.json").read_text())
+    assert facts["processes"] == 2
+    assert [r["case"] for r in both.evaluation().rows] == [r["case"] for r in whole.evaluation().rows]
+    assert both.evaluation().mean("dice") == pytest.approx(whole.evaluation().mean("dice"), abs=0.02)
+
+
+def test_parts_of_a_batch_take_less_memory_and_nearly_the_same_step(dataset: Path, tmp_path: Path) -> None:
+    runs = [
+        medseg.train(config(dataset, tmp_path / f"run{n}", accumulate=n, epochs=1, optimizer="sgd"), tiny.plan())
+        for n in (1, 4)
+    ]
+    one, four = (json.loads((r.path / "history.json").read_text())[0]["loss"] for r in runs)
+    assert four == pytest.approx(one, rel=0.25)  # Dice is pooled over less
+    assert four != one
+
+
+class TestLossThatIsNotFinite:
+    def test_it_goes_back_and_on_with_half_the_rate(
+        self, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        forward, calls = learner.DeepSupervision.forward, []
+
+        def once(self: learner.DeepSupervision, *inputs: object) -> torch.Tensor:
+            calls.append(1)
+            loss: torch.Tensor = forward(self, *inputs)  # type: ignore[arg-type]
+            return loss * float("nan") if len(calls) == 12 else loss
+
+        monkeypatch.setattr(learner.DeepSupervision, "forward", once)
+        with caplog.at_level(logging.WARNING):
+            run = medseg.train(config(dataset, tmp_path / "run"), tiny.plan())
+        assert "loss was nan at step 11: back to step" in caplog.text
+        assert "0.5 of the learning rate" in caplog.text
+        assert json.loads((run.path / "training.json").read_text())["rollbacks"] == 1
+        assert all(torch.isfinite(t).all() for t in load_file(run.path / "weights.safetensors").values())
+
+    def test_gradients_too(
+        self, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        forward, calls = learner.DeepSupervision.forward, []
+
+        def once(self: learner.DeepSupervision, *inputs: object) -> torch.Tensor:
+            calls.append(1)
+            loss: torch.Tensor = forward(self, *inputs)  # type: ignore[arg-type]
+            if len(calls) == 5:
+                loss.register_hook(lambda g: g * float("inf"))
+            return loss
+
+        monkeypatch.setattr(learner.DeepSupervision, "forward", once)
+        with caplog.at_level(logging.WARNING):
+            run = medseg.train(config(dataset, tmp_path / "run", epochs=1), tiny.plan())
+        assert "back to step" in caplog.text
+        assert all(torch.isfinite(t).all() for t in load_file(run.path / "checkpoint.safetensors").values())
+
+    def test_in_the_end_it_is_explained(self, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(
+            learner.DeepSupervision, "forward", lambda *_: torch.tensor(float("nan"), requires_grad=True)
+        )
+        with pytest.raises(
+            ValueError, match=r"must stay finite, got nan at step 0 after 3 returns .* lower --learning"
+        ):
+            medseg.train(config(dataset, tmp_path / "run"), tiny.plan())
+
+
+class TestSmallSets:
+    def test_one_case_is_trained_on_and_said_to_be(
+        self, dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        table = tmp_path / "one.csv"
+        table.write_text(f"case,image,label\na,{dataset}/images/case0.nii.gz,{dataset}/labels/case0.nii.gz\n")
+        with caplog.at_level(logging.WARNING):
+            run = medseg.train(config(table, tmp_path / "run", folds=None, epochs=1), tiny.plan())
+        assert "there is one patient only; no case is held out" in caplog.text
+        assert {r["case"] for r in run.evaluation().rows} == {"a"}
+
+    def test_fewer_patients_than_folds(self, dataset: Path, tmp_path: Path) -> None:
+        table = tmp_path / "three.csv"
+        rows = [f"c{n},{dataset}/images/case{n}.nii.gz,{dataset}/labels/case{n}.nii.gz" for n in range(3)]
+        table.write_text("\n".join(["case,image,label", *rows]))
+        run = medseg.train(config(table, tmp_path / "run", folds=None, epochs=1), tiny.plan())
+        assert len(run.validation_ids()) == 1
+
+    def test_no_case_held_out(self, dataset: Path, tmp_path: Path) -> None:
+        run = medseg.train(config(dataset, tmp_path / "run", fold="none", epochs=1), tiny.plan())
+        assert len(run.validation_ids()) == 6
+
+
+def test_partial_labels_train_and_are_scored_where_drawn(dataset: Path, tmp_path: Path) -> None:
+    """Half of the cases lack the dark ball: as background it would be unlearnt, as unknown it is learnt."""
+    rows = ["case,image,label,unknown"]
+    for n in range(6):
+        label = dataset / "labels" / f"case{n}.nii.gz"
+        if n % 2:
+            found = medseg.read_labels(label)
+            array = np.where(np.asarray(found.array) == 5, 0, found.array)
+            label = tmp_path / f"label{n}.nii.gz"
+            medseg.write(medseg.LabelMap(array, found.geometry, found.structures), label)
+        rows.append(f"case{n},{dataset}/images/case{n}.nii.gz,{label},{'5' if n % 2 else ''}")
+    table = tmp_path / "partial.csv"
+    table.write_text("\n".join(rows))
+    run = medseg.train(config(table, tmp_path / "run", epochs=12), tiny.plan())
+    scored = {(r["case"], r["structure"]) for r in run.evaluation().rows}
+    assert all(("dark" in structure) <= (int(case[-1]) % 2 == 0) for case, structure in scored)
+    image, truth = tiny.case(1)
+    predicted = np.asarray(medseg.predict(run, image, device="cpu").array) == 5
+    true = np.asarray(truth.array) == 5
+    assert 2 * (predicted & true).sum() / (predicted.sum() + true.sum()) > 0.6
+
+
+def test_start_from_another_run_with_a_frozen_encoder(whole: Run, dataset: Path, tmp_path: Path) -> None:
+    plan = tiny.plan()
+    run = medseg.train(config(dataset, tmp_path / "run", init=str(whole.path), freeze=True, epochs=1), plan)
+    before, after = (load_file(r.path / "weights.safetensors") for r in (whole, run))
+    frozen = [n for n in after if n.startswith("encoder.")]
+    assert frozen
+    assert all(torch.equal(before[n], after[n]) for n in frozen)
+    assert not all(torch.equal(before[n], after[n]) for n in after)
+    assert json.loads((run.path / "transfer.json").read_text())["share"] == 1
+    with pytest.raises(ValueError, match="freeze must go with init"):
+        config(dataset, tmp_path, freeze=True)
+
+
+def test_the_plateau_is_found() -> None:
+    rise = [{"iou": v, "progress": p} for p, v in [(0.2, 0.5), (0.4, 0.8), (0.6, 0.799), (0.8, 0.8), (1.0, 0.8005)]]
+    assert learner._flat_since(rise) == 0.4
+    assert learner._flat_since([{"iou": v, "progress": p} for p, v in [(0.5, 0.5), (1.0, 0.6)]]) == 1.0
+
+
+def test_settings_of_torch_are_put_back(dataset: Path, tmp_path: Path) -> None:
+    medseg.train(config(dataset, tmp_path / "run", deterministic=True, epochs=1), tiny.plan())
+    assert not torch.are_deterministic_algorithms_enabled()
