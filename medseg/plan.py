@@ -326,7 +326,8 @@ def _choose_normalisation(
     for look in looks:
         if len(look.samples) != count:
             raise ValueError(
-                f"images must have {count} channels as {looks[0].id} has, got {len(look.samples)} in {look.id}"
+                f"images must have {count} channels as {looks[0].id} has, got {len(look.samples)} in {look.id}; list "
+                "those of one kind in a CSV"
             )
     names = dataset.channels if len(dataset.channels) == count else tuple(f"channel {c}" for c in range(count))
     plans, why = [], []

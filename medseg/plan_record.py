@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
-import numpy as np
 from pydantic import model_validator
 
 from medseg.config import Record
@@ -55,15 +54,6 @@ class StructurePlan(Record):
     def values(self) -> tuple[int, ...]:
         """Values of label files that belong to the structure."""
         return self.labels or (self.number,)
-
-    def mask(self, labels: np.ndarray, ignore: int | None = None) -> np.ndarray:
-        """Which voxels of an integer label array belong to the structure; bool, of the same shape."""
-        if ANY in self.labels:
-            inside = labels > 0
-            return inside if ignore is None else inside & (labels != ignore)
-        if len(self.values) == 1:
-            return np.asarray(labels == self.values[0])
-        return np.isin(labels, self.values)
 
 
 class Plan(Record):

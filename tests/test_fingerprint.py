@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-import tracemalloc
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from conftest import geometries
@@ -97,15 +97,14 @@ def test_layers_that_overlap(tmp_path: Path) -> None:
 
 def test_a_hundred_thousand_labels_are_refused_quickly(tmp_path: Path) -> None:
     geometry = Geometry.from_parts((50, 50, 41), (1, 1, 2))
+    case = written(tmp_path, "nuclei", np.ones(geometry.shape, np.int16), np.zeros(geometry.shape, np.uint8), geometry)
+    assert case.label is not None
     labels = np.arange(50 * 50 * 41, dtype=np.int32).reshape(geometry.shape)
-    case = written(tmp_path, "nuclei", np.ones(geometry.shape, np.int16), labels, geometry)
-    tracemalloc.start()
+    nib.save(nib.Nifti1Image(labels, geometry.affine), case.label)
     begin = time.process_time()
     with pytest.raises(ValueError, match=r"at most 255 structures, got more in case nuclei; .* use --foreground"):
         fingerprint([case])
-    assert time.process_time() - begin < 5
-    assert tracemalloc.get_traced_memory()[1] < 100e6
-    tracemalloc.stop()
+    assert time.process_time() - begin < 3
     (look,) = fingerprint([case], united=True)
     assert look.counts == {1: 50 * 50 * 41 - 1}
 

@@ -115,9 +115,7 @@ class TestStructures:
     def test_regions_that_do_not_stay_exclusive(self) -> None:
         structures, overlapping, _ = chosen([look("a", {1: 10, 2: 5, 4: 6})], regions={"low": (1, 2), "high": (4,)})
         assert not overlapping
-        array = np.array([0, 1, 2, 4])
-        assert structures[0].mask(array).tolist() == [False, True, True, False]
-        assert structures[1].mask(array).tolist() == [False, False, False, True]
+        assert [s.values for s in structures] == [(1, 2), (4,)]
         with pytest.raises(ValueError, match="regions must occur in the training cases, got none of high"):
             chosen([look("a", {1: 10})], regions={"low": (1, 2), "high": (4,)})
 
@@ -142,9 +140,6 @@ class TestStructures:
         )
         assert not overlapping
         assert [(s.name, s.labels) for s in structures] == [("foreground", (ANY,))]
-        array = np.array([[0, 1], [900, 7]])
-        assert structures[0].mask(array, ignore=7).tolist() == [[False, True], [True, False]]
-        assert structures[0].mask(array).tolist() == [[False, True], [True, True]]
 
     def test_one_number_for_two_names(self) -> None:
         looks = [look("a", {1: 10}, names={1: "heart"}), look("b", {1: 10}, names={1: "liver"})]

@@ -105,6 +105,7 @@ def plan(
     memory: str | None = None,
     minutes: float | None = None,
     overlapping: bool = False,
+    foreground: bool = False,
     set: Annotated[tuple[str, ...], arg(metavar="ENTRY=VALUE ...")] = (),
     fold: int | None = None,
     folds: int = 5,
@@ -123,6 +124,7 @@ def plan(
         memory: what training may take, like 4GB; by default half of the free memory, or 85 % of the GPU's
         minutes: time there will be for the training; decides batch and width by a quick timing on this machine
         overlapping: give each structure a probability of its own, even where labels exclude each other
+        foreground: learn all labels as one structure, where each number is an instance (a nucleus, a lesion)
         set: entries of the plan set by hand, like batch=4 spacing=1,1,3 features=16,32,64,128 mirror=[]
         fold: plan on the training cases of this fold alone
         folds: number of folds
@@ -133,6 +135,8 @@ def plan(
         force: overwrite out
     """
     found = medseg.load_dataset(dataset, group=group)
+    if foreground:
+        found = medseg.plan.united(found)
     cases = None
     if fold is not None:
         parts = medseg.data.labelled_folds(found, folds)
