@@ -88,7 +88,8 @@ class DiceBCELoss(nn.Module):
         if known is not None:
             if known.shape != (len(logits), structures):
                 raise ValueError(f"known must have shape {(len(logits), structures)}, got {tuple(known.shape)}")
-            known = None if bool(known.all()) else known.to(logits.device, torch.bool)
+            known = known.bool().cpu()
+            known = None if bool(known.all()) else known
         part = _exclusive if self.exclusive else _overlapping
         return part(logits.to(torch.promote_types(logits.dtype, torch.float32)), target, known, self.together)
 
@@ -105,15 +106,17 @@ def _exclusive(logits: Tensor, target: Tensor, known: Tensor | None, together: C
     counts = (target != IGNORE).to(log_p.dtype)
     picked = log_p.gather(0, target.clamp(min=0).long()[None])[0]
     if known is not None:
-        unknown = F.pad(~known, (1, 0), value=True).T[:, :, None]  # the background, too, may be any of them
-        picked = torch.where(target == 0, log_p.masked_fill(~unknown, -torch.inf).logsumexp(0), picked)
+        picked = torch.stack(
+            [_marginal(*sample) for sample in zip(log_p.unbind(1), target, picked, known, strict=True)]
+        )
     entropy, count = together(torch.stack([-(picked * counts).sum(), counts.sum()]))
     overlaps, sizes = [], []
     for c in range(1, classes):
         p = log_p[c].exp()
         truth, weight = (target == c).to(p.dtype), counts
-        if known is not None:
-            truth, weight = truth * known[:, c - 1, None], counts * known[:, c - 1, None]
+        if known is not None and not bool(known[:, c - 1].all()):
+            drawn = known[:, c - 1, None].to(logits.device)
+            truth, weight = truth * drawn, counts * drawn
         overlaps.append((p * truth).sum())
         sizes.append((p * weight).sum() + truth.sum())
     if not overlaps:
@@ -121,11 +124,19 @@ def _exclusive(logits: Tensor, target: Tensor, known: Tensor | None, together: C
     return entropy / count.clamp(min=1) + _dice_loss(torch.stack(overlaps), torch.stack(sizes), known, together)
 
 
+def _marginal(log_p: Tensor, target: Tensor, picked: Tensor, known: Tensor) -> Tensor:
+    """Log probabilities (N,) of what the voxels of one sample may be: of background, any unknown structure, too."""
+    if bool(known.all()):
+        return picked
+    unknown = [0, *(c for c, drawn in enumerate(known.tolist(), start=1) if not drawn)]
+    return torch.where(target == 0, log_p[unknown].logsumexp(0), picked)
+
+
 def _overlapping(logits: Tensor, target: Tensor, known: Tensor | None, together: Callable[[Tensor], Tensor]) -> Tensor:
     logits, target = logits.flatten(2), target.flatten(2)
     weight = (target >= 0).to(logits.dtype)
     if known is not None:
-        weight = weight * known[:, :, None]
+        weight = weight * known[:, :, None].to(logits.device)
     truth = target.to(logits.dtype).clamp(0, 1)
     entropy = F.binary_cross_entropy_with_logits(logits, truth, weight, reduction="sum")
     entropy, count = together(torch.stack([entropy, weight.sum()]))
@@ -136,7 +147,7 @@ def _overlapping(logits: Tensor, target: Tensor, known: Tensor | None, together:
 
 def _dice_loss(overlap: Tensor, size: Tensor, known: Tensor | None, together: Callable[[Tensor], Tensor]) -> Tensor:
     """1 - Dice, the mean over the structures that are known in any sample; 0 where none is."""
-    seen = torch.ones_like(size) if known is None else known.any(0).to(size.dtype)
+    seen = torch.ones_like(size) if known is None else known.any(0).to(size)
     overlap, size, seen = together(torch.stack([overlap, size, seen]))
     loss = 1 - (2 * overlap + _SMOOTH) / (size + _SMOOTH)
     seen = seen.clamp(max=1)
