@@ -19,10 +19,10 @@ from medseg.calibration import probability_scores
 from medseg.data import Case, load_dataset
 from medseg.ensemble import member_runs
 from medseg.inference import Predictor, load_image
-from medseg.io import read_labels
 from medseg.plan import Plan, StructurePlan
 from medseg.postprocessing import Components, Postprocessing, choose_filter, find_components
 from medseg.run import Run
+from medseg.scoring import planned_reference
 from medseg.temperature import fit_temperature, negative_log_likelihood, tempered
 from medseg.volume import LabelMap, Volume
 
@@ -60,11 +60,13 @@ class HeldOut:
         return load_image([path for path in self.case.images if path is not None])
 
     @cached_property
+    def _planned(self) -> tuple[LabelMap, Array | None]:
+        return planned_reference(self.case, self.plan)
+
+    @property
     def reference(self) -> LabelMap:
-        """The label file as it is."""
-        if self.case.label is None:
-            raise ValueError(f"validation case must have a label, got none for {self.case.id}")
-        return read_labels(self.case.label)
+        """The label map in the structures of the plan."""
+        return self._planned[0]
 
     def predict(self) -> tuple[LabelMap, Volume | LabelMap]:
         """Label map and probabilities."""
@@ -76,26 +78,21 @@ class HeldOut:
         return labels, soft
 
     def known(self, structure: StructurePlan) -> bool:
-        """Whether the structure was drawn in this case."""
-        return not set(structure.values) & set(self.case.unknown)
+        """Whether the structure was drawn in this case: none of its labels is unknown, or it is there all the same."""
+        unknown = set(structure.values) & set(self.case.unknown)
+        return not unknown or (len(structure.values) == 1 and bool(self.truth(structure).any()))
 
     def truth(self, structure: StructurePlan) -> Array:
-        """(I, J, K) bool mask of a structure in the label file."""
-        reference, values = self.reference, structure.values
-        if not reference.is_layered:
-            return np.isin(reference.array, values) if len(values) > 1 else np.asarray(reference.array == values[0])
-        masks = [reference.mask(v) for v in values if v in reference.names]
-        return np.asarray(np.logical_or.reduce(masks)) if masks else np.zeros(reference.geometry.shape, bool)
+        """(I, J, K) bool mask of a structure in the reference."""
+        if structure.number in self.reference.names:
+            return self.reference.mask(structure.number)
+        return np.zeros(self.reference.geometry.shape, bool)
 
-    @cached_property
+    @property
     def counted(self) -> Array | None:
         """(I, J, K) bool: what does not bear the label to be ignored; None where everything counts."""
-        ignore, reference = self.plan.ignore, self.reference
-        if ignore is None:
-            return None
-        if not reference.is_layered:
-            return np.asarray(reference.array != ignore)
-        return ~reference.mask(ignore) if ignore in reference.names else None
+        ignored = self._planned[1]
+        return None if ignored is None else ~ignored
 
 
 def held_out(
@@ -131,7 +128,8 @@ def _spread(cases: Sequence[Case], most: int) -> list[Case]:
 
 
 def _validation(run: Run) -> list[Case]:
-    cases = {c.id: c for c in load_dataset(run.config.dataset, group=run.config.group).cases}
+    config = run.config
+    cases = {c.id: c for c in load_dataset(config.dataset, group=config.group, absent=config.absent).cases}
     missing = [n for n in run.validation_ids() if n not in cases or cases[n].label is None]
     if missing:
         raise ValueError(
