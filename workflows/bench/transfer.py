@@ -1,6 +1,7 @@
 """What starting from other weights gains, for 5, 10 and 20 labelled cases and the same minutes.
 
-    python workflows/bench/transfer.py --data DATA --out DIR [--minutes 2] [--counts 5,10,20] [--seeds 1] [--tasks ...]
+    python workflows/bench/transfer.py --data DATA --out DIR [--minutes 2] [--counts 5,10,20]
+        [--seeds 1] [--tasks kvasir,hippocampus] [--methods all]
 
 Tasks (DATA holds the folders named):
 
@@ -38,6 +39,7 @@ import medseg
 SOURCE_CASES = 80  # of the run that others start from
 SOURCE_VALIDATION = 10  # of these, which choose its best weights
 BOOTSTRAPS = 2000
+FIRST = "scratch,scratch-lite0,imagenet-lite0,coarse-labels"  # half an hour with the defaults
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Method:
     name: str
     model: str
     init: str | None = None
-    freeze: str | None = None
+    freeze: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,13 @@ IMAGE_METHODS = (
     Method("scratch", "unet2d"),
     Method("scratch-lite0", "unet2d-encoder"),
     Method("imagenet-lite0", "unet2d-encoder", "imagenet"),
-    Method("imagenet-lite0-frozen", "unet2d-encoder", "imagenet", "encoder"),
+    Method("imagenet-lite0-frozen", "unet2d-encoder", "imagenet", freeze=True),
     Method("imagenet-deeplab", "deeplabv3plus", "imagenet"),
 )
 VOLUME_METHODS = (
     Method("scratch", "unet3d"),
     Method("coarse-labels", "unet3d", "source"),
-    Method("coarse-labels-frozen", "unet3d", "source", "encoder"),
+    Method("coarse-labels-frozen", "unet3d", "source", freeze=True),
 )
 
 
@@ -90,18 +92,18 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tasks", default="kvasir,hippocampus")
-    parser.add_argument("--methods", default="", help="names, all by default")
+    parser.add_argument("--methods", default=FIRST, help="names, or all")
     parser.add_argument("--counts", default="5,10,20")
     parser.add_argument("--minutes", type=float, default=2)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--held-out", type=int, default=40)
     given = parser.parse_args()
-    wanted = given.methods.split(",") if given.methods else None
+    wanted = given.methods.split(",")
     lines = []
     for name in given.tasks.split(","):
         out = given.out / name
         task = TASKS[name](given.data / name, out, given.held_out)
-        methods = [m for m in task.methods if wanted is None or m.name in wanted]
+        methods = [m for m in task.methods if given.methods == "all" or m.name in wanted]
         for seed in range(given.seeds):
             for count in map(int, given.counts.split(",")):
                 for method in methods:
