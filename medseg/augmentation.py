@@ -152,7 +152,8 @@ class Augmentation:
             return
         spacing = torch.tensor(self.spacing)
         matrix = matrix * spacing / spacing[:, None]  # from millimetres to voxels
-        resampler = Resampler(matrix.to(image.device), image.shape[1:], None if shifts is None else shifts.to(image))
+        shifts = None if shifts is None else shifts.to(image.device)
+        resampler = Resampler(matrix, image.shape[1:], shifts, image.device)
         for channel in image:
             channel.copy_(resampler.linear(channel))
         label.copy_(resampler.labels(label))

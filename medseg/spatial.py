@@ -31,10 +31,14 @@ class Resampler:
         D lengths of both grids.
     bend : (D, *shape) tensor, optional
         Added to the places of the source, in voxels.
+    device : torch.device, optional
+        Of the images and labels.
     """
 
-    def __init__(self, matrix: Tensor, shape: Sequence[int], bend: Tensor | None = None) -> None:
-        self.shape, device = tuple(shape), matrix.device if bend is None else bend.device
+    def __init__(
+        self, matrix: Tensor, shape: Sequence[int], bend: Tensor | None = None, device: torch.device | None = None
+    ) -> None:
+        self.shape = tuple(shape)
         dims, rows = len(shape), matrix.tolist()
         moved = [bend is not None or row != [float(d == e) for e in range(dims)] for d, row in enumerate(rows)]
         self.margins = [int(m) for m in moved]
