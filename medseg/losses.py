@@ -110,10 +110,10 @@ def _exclusive(logits: Tensor, target: Tensor, known: Tensor | None, together: C
             [_marginal(*sample) for sample in zip(log_p.unbind(1), target, picked, known, strict=True)]
         )
     entropy, count = together(torch.stack([-(picked * counts).sum(), counts.sum()]))
+    small = target.to(torch.int16)  # compared once per class
     overlaps, sizes = [], []
-    for c in range(1, classes):
-        p = log_p[c].exp()
-        truth, weight = (target == c).to(p.dtype), counts
+    for c, p in enumerate(log_p.exp().unbind(0)[1:], start=1):
+        truth, weight = (small == c).to(p.dtype), counts
         if known is not None and not bool(known[:, c - 1].all()):
             drawn = known[:, c - 1, None].to(logits.device)
             truth, weight = truth * drawn, counts * drawn
@@ -141,7 +141,8 @@ def _overlapping(logits: Tensor, target: Tensor, known: Tensor | None, together:
     entropy = F.binary_cross_entropy_with_logits(logits, truth, weight, reduction="sum")
     entropy, count = together(torch.stack([entropy, weight.sum()]))
     p, truth = logits.sigmoid() * weight, truth * weight
-    dice = _dice_loss(torch.minimum(p, truth).sum((0, 2)), (p + truth).sum((0, 2)), known, together)
+    overlap = torch.minimum(p, truth) if target.is_floating_point() else p * truth
+    dice = _dice_loss(overlap.sum((0, 2)), (p + truth).sum((0, 2)), known, together)
     return entropy / count.clamp(min=1) + dice
 
 
