@@ -132,6 +132,8 @@ def require_fresh(config: TrainConfig) -> None:
         raise FileExistsError(f"run folder must be new, got {out}; use --resume, --force or another --out")
     if config.dataset.resolve().is_relative_to(out.resolve()):
         raise FileExistsError(f"run folder must not hold the data set, got {out}; use another --out")
+    if config.init and Path(config.init).resolve().is_relative_to(out.resolve()):
+        raise FileExistsError(f"run folder must not hold the weights to start from, got {out}; use another --out")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,12 +162,15 @@ def planned(config: TrainConfig, dataset: Dataset, cases: tuple[Case, ...], devi
     """The plan that the configuration names, or one made from the cases given."""
     if config.plan:
         return Plan.load(config.plan)
+    source = plan_of(config.init) if config.init else None
+    if source and config.model not in (None, source.model):
+        raise ValueError(f"model must be {source.model} as in the run {config.init} to start from, got {config.model}")
+    model = source.model if source else config.model
     with _bar("planning", len(cases)) as update:
         plan = make_plan(
-            dataset, cases, model=config.model, device=device, minutes=config.minutes, memory=config.memory,
+            dataset, cases, model=model, device=device, minutes=config.minutes, memory=config.memory,
             overlapping=config.overlapping, workers=config.workers, progress=update,
         )  # fmt: skip
-    source = plan_of(config.init) if config.init else None
     return with_architecture_of(plan, source) if source else plan
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import medseg
 from medseg.config import TrainConfig
 from medseg.models import MODELS, build_model
 from medseg.models import pretrained as weights
@@ -239,6 +241,38 @@ def test_frozen_encoder_stays_as_the_source_left_it(tmp_path: Path) -> None:
             assert torch.equal(tensor, source.state_dict()[name]), name
         else:
             assert not torch.equal(tensor, before[name]), name
+
+
+def test_training_starts_from_a_run(tmp_path: Path) -> None:
+    """The encoder of the source is in the weights that the training leaves, and the run says what it took."""
+    data = tiny.write_dataset(tmp_path / "set", 5)
+    folder, source = run(tmp_path, plan(("label 2", "other")))
+    config = TrainConfig(
+        dataset=data, out=tmp_path / "run", epochs=1, init=str(folder), freeze=True, device="cpu", workers=1
+    )
+    target = plan(("label 2", "label 5"))
+    numbered = tuple(s.model_copy(update={"number": n}) for s, n in zip(target.structures, (2, 5), strict=True))
+    trained = medseg.train(config, target.model_copy(update={"structures": numbered}))
+    weights_now = trained.network().state_dict()
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(tensor, weights_now[name]) == name.startswith("encoder."), name
+    report = json.loads((trained.path / "transfer.json").read_text())
+    assert report["share"] == 1
+    assert set(report["adapted"].values()) == {"heads of label 2 kept, of label 5 new"}
+
+
+def test_training_keeps_what_it_starts_from(tmp_path: Path) -> None:
+    folder, _ = run(tmp_path, plan())
+    data = tiny.write_dataset(tmp_path / "set", 5)
+    inside = TrainConfig(dataset=data, out=folder, init=str(folder), force=True, device="cpu")
+    with pytest.raises(FileExistsError, match="run folder must not hold the weights to start from"):
+        medseg.train(inside)
+    assert (folder / "weights.safetensors").is_file()
+    other = TrainConfig(dataset=data, out=tmp_path / "run", init=str(folder), model="unet2d", device="cpu")
+    with pytest.raises(ValueError, match=r"model must be unet3d as in the run .*, got unet2d"):
+        medseg.train(other)
+    with pytest.raises(ValueError, match="freeze must go with init"):
+        TrainConfig.make(dataset=data, out=tmp_path / "run", freeze=True)
 
 
 # -- encoders ---------------------------------------------------------------------------------------------------------
