@@ -50,7 +50,9 @@ def find_places(label: np.ndarray) -> tuple[np.ndarray, Places]:
             groups.append((filled, filled + len(at)))
             filled += len(at)
         places[number] = tuple(groups)
-    counted = (label >= 0) if label.ndim == 3 else (label >= 0).any(0)
+    counted = np.zeros(label.shape[-3:], bool)
+    for layer in label[None] if label.ndim == 3 else label:
+        counted |= layer >= 0
     if not counted.all() and counted.any():
         flat = np.flatnonzero(counted)
         at = np.stack(np.unravel_index(generator.choice(flat, min(len(flat), MOST), replace=False), counted.shape), 1)

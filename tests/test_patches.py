@@ -62,6 +62,7 @@ def chi_square(counts: list[int]) -> float:
 
 
 class TestBlocks:
+    @settings(max_examples=50)
     @given(shape=SHAPES, channels=st.integers(1, 3), dims=st.sampled_from([2, 3]), data=st.data())
     def test_windows_are_numpys(
         self, folder: Path, shape: tuple[int, int, int], channels: int, dims: int, data: st.DataObject
