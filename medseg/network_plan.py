@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import torch
 
-__all__ = ["MIN_EDGE", "Network", "fit_memory", "fit_patch", "free_bytes", "parse_bytes", "widths"]
+__all__ = ["MIN_EDGE", "WORKSPACE_BYTES", "Network", "fit_memory", "fit_patch", "free_bytes", "parse_bytes", "widths"]
 
 MIN_EDGE = 4  # no axis is pooled below this many voxels
 SMALL_EDGE = 32  # patches are cut down to this before the network gets narrower

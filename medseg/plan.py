@@ -17,12 +17,21 @@ import numpy as np
 from medseg.cases import Case, Dataset
 from medseg.fingerprint import CaseFingerprint, fingerprint
 from medseg.models import MODELS
-from medseg.network_plan import MIN_EDGE, Network, fit_memory, fit_patch, free_bytes, parse_bytes, widths
+from medseg.network_plan import (
+    MIN_EDGE,
+    WORKSPACE_BYTES,
+    Network,
+    fit_memory,
+    fit_patch,
+    free_bytes,
+    parse_bytes,
+    widths,
+)
 from medseg.plan_record import ANY, FORMAT, ChannelPlan, Plan, StructurePlan
 from medseg.plan_structures import choose_mirror, choose_structures, united
 from medseg.probe import fastest_precision, step_seconds
 
-__all__ = ["ANY", "FORMAT", "ChannelPlan", "Plan", "StructurePlan", "make_plan", "united"]
+__all__ = ["ANY", "FORMAT", "ChannelPlan", "Plan", "StructurePlan", "make_plan", "smaller_plan", "united"]
 
 CPU_BATCH_VOXELS = 360_000  # about half a second a step on two cores at 16 to 128 features
 GPU_BATCH_VOXELS = 4_000_000
@@ -33,7 +42,7 @@ GPU_WIDTHS = (32,)
 CPU_SHARE, GPU_SHARE = 0.5, 0.85  # of the free memory, where none is given
 PROGRAM_BYTES = 700_000_000  # what the program takes before any network: libraries, or the GPU's context
 TRAINING_SHARE = 0.85  # of the minutes; reading, validation and reports take the rest
-FEW_STEPS = 400  # a training of fewer halves its batch
+FEW_STEPS = 300  # a training of fewer halves its batch
 MANY_STEPS = 3000  # that a wider network must have
 FEW_SLICES = 8  # a stack of fewer is trained slice by slice
 THICK_SLICES = 10.0  # and so are slices that many times as thick as their voxels are wide
@@ -116,6 +125,32 @@ def make_plan(
     }  # fmt: skip
     machine = _Machine(device, memory, minutes)
     return _choose_network(base, shape[:dims], [s or 1.0 for s in planned[:dims]], machine, reasons)
+
+
+def smaller_plan(plan: Plan, share: float = 0.7) -> tuple[Plan, str]:
+    """A plan whose training step takes at most so large a share of the memory, and what is smaller in it.
+
+    For networks that are planned stage by stage; others lose patches of the batch alone.
+
+    Raises
+    ------
+    ValueError
+        If there is no smaller one.
+    """
+    network = Network(
+        inputs=len(plan.channels), outputs=plan.outputs, patch=plan.patch, batch=plan.batch, features=plan.features,
+        strides=plan.strides, kernels=plan.kernels,
+    )  # fmt: skip
+    if plan.encoder is not None:
+        if plan.batch <= 2:
+            raise ValueError(f"memory must hold a batch of 2 for the encoder {plan.encoder}; use unet{plan.dims}d")
+        batch = max(2, int(plan.batch * share))
+        return plan.model_copy(update={"batch": batch}), f"batch from {plan.batch} to {batch}"
+    step = network.training_bytes(plan.precision) - WORKSPACE_BYTES
+    spacing = [s or 1.0 for s in plan.spacing[: plan.dims]]
+    small, shrunk = fit_memory(network, spacing, plan.precision, int(share * step) + WORKSPACE_BYTES)
+    changed = {n: getattr(small, n) for n in ("patch", "batch", "features", "strides", "kernels")}
+    return plan.model_copy(update=changed), ", ".join(shrunk)
 
 
 def _choose_model(looks: Sequence[CaseFingerprint], model: str | None, reasons: dict[str, str]) -> str:

@@ -49,14 +49,15 @@ def step_seconds(plan: Plan, device: str) -> float:
 
 
 def _step_seconds(plan: Plan, where: torch.device) -> float:
+    layout: Any = torch.channels_last if plan.dims == 2 else torch.channels_last_3d
+    network = plan.build().to(where).to(memory_format=layout).train()
     count, patch = plan.batch, plan.patch
     if where.type == "cpu":
         while math.prod(patch) > 2 * CPU_VOXELS:
-            patch = tuple(-(-n // 2) if n == max(patch) else n for n in patch)
+            patch = tuple(n // 2 if n == max(patch) else n for n in patch)
+        patch = tuple(-(-n // d) * d for n, d in zip(patch, network.divisor, strict=True))  # as it is padded inside
         few = math.ceil(CPU_VOXELS / math.prod(patch))
         count = max(2 if plan.encoder else 1, min(plan.batch, few))  # batch normalisation needs two
-    layout: Any = torch.channels_last if plan.dims == 2 else torch.channels_last_3d
-    network = plan.build().to(where).to(memory_format=layout).train()
     images = torch.randn(count, len(plan.channels), *patch, device=where).to(memory_format=layout)
     shape = (count, len(plan.structures), *patch) if plan.overlapping else (count, *patch)
     target = torch.randint(0, 2, shape, device=where)

@@ -13,7 +13,7 @@ import torch
 import medseg
 from medseg.config import TrainConfig
 from medseg.device import pick_device
-from medseg.plan import Plan
+from medseg.plan import Plan, smaller_plan
 from medseg.volume import Geometry, LabelMap, Structure, Volume
 
 
@@ -282,6 +282,21 @@ class TestTimeAndMemory:
         assert plan.features[0] == 16
         assert plan.batch == 4
         assert "24 would not fit the memory" in plan.reasons["features"]
+
+    def test_smaller_plan_for_a_full_memory(self) -> None:
+        """Two thirds of the patches take about two thirds of the activations; nothing else changes."""
+        plan = tiny.plan()
+        small, words = smaller_plan(plan)
+        assert (small.batch, small.patch, words) == (2, plan.patch, "batch from 4 to 2")
+        for _ in range(40):
+            try:
+                small, words = smaller_plan(small)
+            except ValueError as problem:
+                assert "the least for these images" in str(problem)
+                break
+            assert words
+            small.build()
+        assert small.batch == 1
 
     def test_gpu(self, machine: Callable[..., None], brain: medseg.data.Dataset) -> None:
         machine(0.05)
