@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import tiny
 import torch
+from test_cli import medseg_command
 
 import medseg
 from medseg.config import TrainConfig
@@ -374,3 +377,31 @@ class TestSettings:
     def test_built_network_is_the_planned_one(self) -> None:
         network = tiny.plan().build()
         assert network(torch.zeros(1, 1, 16, 16, 12)).shape == (1, 3, 16, 16, 12)
+
+
+class TestCommand:
+    def test_settings_memory_and_reasons(self, tmp_path: Path) -> None:
+        for n in range(2):
+            write_case(tmp_path / "set", f"case{n}", grid((20, 24, 16), (1.0, 1.0, 2.0)))
+        command = ("plan", tmp_path / "set", "--device", "cpu", "--memory", "4GB")
+        out = tmp_path / "plan.json"
+        printed = json.loads(medseg_command(*command, "--json", "--out", out, "--set", "batch=3", "mirror=[]").stdout)
+        assert (printed["batch"], printed["mirror"]) == (3, [])
+        assert printed["reasons"]["batch"] == "set by hand"
+        assert Plan.load(out).batch == 3
+        assert "1 foreground (any label)" in medseg_command(*command, "--foreground").stdout
+        assert "must be positive" in medseg_command(*command, "--set", "batch=0", code=1).stderr
+
+    def test_spacing_of_zero(self, tmp_path: Path) -> None:
+        """A header of another program's making; the error says what is wrong with the file."""
+        write_case(tmp_path, "one", grid((20, 24, 16), (1.0, 1.0, 2.0)))
+        path = tmp_path / "images" / "one.nii.gz"
+        image = nib.load(path)
+        flat = image.affine.copy()
+        flat[:3, 2] = 0
+        broken = nib.Nifti1Image(np.asanyarray(image.dataobj), None)
+        broken.header.set_sform(flat, code=1)
+        broken.header["pixdim"][3] = 0
+        nib.save(broken, path)
+        with pytest.raises(ValueError, match=r"one\.nii\.gz"):
+            medseg.make_plan(medseg.load_dataset(tmp_path))
