@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from medseg.io import is_dicom, read, read_labels, supported_suffix
+from medseg.io import is_dicom, is_mask_folder, read, read_labels, supported_suffix
 from medseg.probability_maps import labels_of, layers_of
 from medseg.volume import LabelMap
 
@@ -46,7 +46,7 @@ def case_pairs(prediction: Sources, reference: Sources) -> dict[str, tuple[Sourc
 
 def read_pair(prediction: Source, reference: Source) -> tuple[LabelMap, LabelMap]:
     """Both label maps; SEG and RTSTRUCT objects are put on the grid of the other side."""
-    gridless = [not isinstance(source, LabelMap) and is_dicom(source) for source in (prediction, reference)]
+    gridless = [_takes_a_grid(source) for source in (prediction, reference)]
     if gridless == [False, True]:
         p = _read_prediction(prediction)[0]
         return p, _read(reference, p)
@@ -67,6 +67,10 @@ def read_probabilities(prediction: Source) -> LabelMap | None:
         labels, soft = _read_prediction(beside)
         return labels if soft is None and labels.is_layered else soft
     return _read_prediction(prediction)[1]
+
+
+def _takes_a_grid(source: Source) -> bool:
+    return not isinstance(source, LabelMap) and is_dicom(source) and not is_mask_folder(source)
 
 
 def _read(source: Source, like: LabelMap | None = None) -> LabelMap:
@@ -103,9 +107,9 @@ def sources(side: Sources, what: str) -> dict[str, Source]:
     if isinstance(side, LabelMap):
         raise TypeError(f"{what} must hold many cases, got one label map")
     kinds: tuple[dict[str, Source], ...] = ({}, {}, {})  # label maps before DICOM objects before probabilities
-    for path in sorted(p for p in Path(side).iterdir() if p.is_file() and not p.name.startswith(".")):
-        is_image = bool(supported_suffix(path))
-        if not (is_image or is_dicom(path)):
+    for path in sorted(p for p in Path(side).iterdir() if not p.name.startswith(".")):
+        is_image = is_mask_folder(path) if path.is_dir() else bool(supported_suffix(path))
+        if not is_image and (path.is_dir() or not is_dicom(path)):
             continue
         case = case_id(path)
         is_soft = is_image and case.endswith(SOFT)

@@ -35,9 +35,9 @@ def evaluate(
     Parameters
     ----------
     prediction, reference : LabelMap, path, or mapping of case id to these
-        Two label maps or files (NIfTI, NRRD, MHA, PNG, DICOM-SEG, RTSTRUCT), or two folders of such files, which are
-        matched by case id, the file name without its suffix; a SEG or RTSTRUCT beside an image file of the same id is
-        not read.
+        Two label maps or files (NIfTI, NRRD, MHA, PNG, DICOM-SEG, RTSTRUCT, a folder of masks ``<number>_<name>``), or
+        two folders of such, which are matched by case id, the file name without its suffix; a SEG or RTSTRUCT beside an
+        image file of the same id is not read.
     structures : mapping of number to name, or sequence of numbers or names, optional
         What to score; all structures of either label map by default. Structures are matched by name where each name of
         the prediction is also one of the reference, else by number.

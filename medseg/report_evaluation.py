@@ -13,7 +13,8 @@ from medseg.case_files import Source, Sources, case_id, case_pairs, read_pair, s
 from medseg.case_scores import aligned_pair
 from medseg.distribution import distribution_picture
 from medseg.evaluation import evaluate
-from medseg.io import read
+from medseg.io import is_mask_folder, read
+from medseg.io.files import require_free
 from medseg.report import METRIC_NAMES, metrics_blocks
 from medseg.report_html import Block, Cell, Facts, Interval, Picture, Section, Table, Text, write_report
 from medseg.report_pictures import planes_picture
@@ -22,7 +23,7 @@ from medseg.scores import Evaluation
 from medseg.statistics import compare, rank, worst_cases
 from medseg.volume import Geometry, LabelMap, Volume
 
-__all__ = ["evaluate_predictions", "report_of_evaluation", "write_evaluation"]
+__all__ = ["evaluate_predictions", "report_of_evaluation", "require_free_outputs", "write_evaluation"]
 
 WORST = 3
 DRAWN = ("dice", "nsd", "hd95_mm")
@@ -33,6 +34,17 @@ LESIONS = {
 }  # fmt: skip
 Image = Volume | str | os.PathLike[str]
 Images = Image | Mapping[str, Image] | Callable[[str], Image]
+
+
+def require_free_outputs(folder: str | os.PathLike[str], force: bool = False) -> None:
+    """Refuse a folder that holds a file of :func:`write_evaluation` already, unless ``force`` is set.
+
+    Raises
+    ------
+    FileExistsError
+    """
+    for name in ("metrics.json", "metrics.csv", "lesions.csv", "report.html"):
+        require_free(Path(folder) / name, force)
 
 
 def write_evaluation(
@@ -73,7 +85,7 @@ def evaluate_predictions(
     folder : path
         For the files of :func:`write_evaluation`.
     predictions : mapping of case id to paths
-        The files written; the first label map of each case is evaluated, on any of the formats.
+        The files written, of any format; the first of each case is evaluated, or the folder of masks that it lies in.
     reference : path
         A folder of label maps, those of other cases left out; or, of one case, the file.
     failed : collection of case ids
@@ -95,7 +107,10 @@ def evaluate_predictions(
         raise ValueError(
             f"reference must be a folder for several predictions, got the file {reference} for {len(cases)}"
         )
-    labels: dict[str, Source] = {case: paths[0] for case, paths in predictions.items()}
+    labels: dict[str, Source] = {}
+    for case, (path, *_) in predictions.items():
+        is_mask = path.parent.name == case and is_mask_folder(path.parent)
+        labels[case] = path.parent if is_mask else path
     found = evaluate(labels, references)
     write_evaluation(folder, found, labels, references, image=image, force=force, title="Prediction")
     return found

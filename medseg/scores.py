@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medseg.distribution import distribution_picture
-from medseg.io.files import atomic_path
+from medseg.io.files import atomic_path, require_free
 
-__all__ = ["COLUMNS", "METRICS", "VOLUMES", "Evaluation", "Row", "write_rows"]
+__all__ = ["COLUMNS", "METRICS", "VOLUMES", "Evaluation", "Row", "require_rows", "write_rows"]
 
 Row = dict[str, Any]
 METRICS = ("iou", "dice", "hd95_mm", "nsd", "hd_mm", "assd_mm", "precision", "recall")
@@ -204,12 +204,10 @@ def write_rows(
     ValueError
         If the suffix is another, or Parquet is asked for and pyarrow is not installed.
     """
-    suffix = Path(path).suffix.lower()
-    if suffix not in (".csv", ".parquet"):
-        raise ValueError(f"rows must go into a .csv or .parquet file, got {Path(path).name}")
+    require_rows(path, force)
     columns = columns or list(dict.fromkeys(key for row in rows for key in row))
     values = [{k: None if isinstance(v, float) and v != v else v for k, v in row.items()} for row in rows]
-    if suffix == ".parquet":
+    if Path(path).suffix.lower() == ".parquet":
         pyarrow, parquet = _parquet()
         table = pyarrow.Table.from_pydict({c: [r.get(c) for r in values] for c in columns})
         with atomic_path(path, force) as temporary:
@@ -219,6 +217,16 @@ def write_rows(
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
         writer.writerows(values)
+
+
+def require_rows(path: str | os.PathLike[str], force: bool = False) -> None:
+    """Refuse what :func:`write_rows` would refuse, before there are rows."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".csv", ".parquet"):
+        raise ValueError(f"rows must go into a .csv or .parquet file, got {Path(path).name}")
+    if suffix == ".parquet":
+        _parquet()
+    require_free(path, force)
 
 
 def _parquet() -> tuple[Any, Any]:

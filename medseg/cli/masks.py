@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -33,8 +34,13 @@ def refine(
         force: overwrite out
     """
     parameters = medseg.CRFParameters() if preset == "gentle" else medseg.CRFParameters.pydensecrf
-    refined = medseg.refine(medseg.read(image), medseg.read(probabilities), parameters=parameters, device=device)
-    medseg.write(medseg.batch.labels_of(refined), out, force=force)
+    soft, maps = medseg.read(probabilities), medseg.probability_maps
+    if maps.overlap(soft):  # each structure against everything else
+        layers = medseg.refine(medseg.read(image), maps.layers_of(soft), parameters=parameters, device=device)
+        labels = replace(layers, array=layers.array >= 0.5)
+    else:
+        labels = maps.labels_of(medseg.refine(medseg.read(image), soft, parameters=parameters, device=device))
+    medseg.write(labels, out, force=force)
     print(out)
 
 
@@ -85,6 +91,10 @@ def evaluate(
         force: overwrite outputs
     """
     rule = medseg.lesions.Lesions(matching, min_iou, connectivity, instances=instances)
+    if out is not None and out.suffix:
+        medseg.scores.require_rows(out, force)
+    elif out is not None:
+        medseg.report_evaluation.require_free_outputs(out, force)
     runs = {}
     with bar("evaluating") as progress:
         for side in dict.fromkeys((prediction, *compare)):

@@ -35,7 +35,8 @@ def train(dataset: Positional[Path], options: Annotated[TrainOptions, arg(name="
         options: how
         json: print the validation as JSON
     """
-    run = medseg.train(medseg.TrainConfig.make(dataset=dataset, **options.model_dump()))
+    config = medseg.TrainConfig.make(dataset=dataset, **options.model_dump())
+    run = medseg.cross_validation.train_folds(config) if config.fold == "all" else medseg.train(config)
     show_evaluation(run.evaluation(), json)
     if not json:
         print(f"run: {run.path}\nreport: {run.path / 'report.html'}")
@@ -53,13 +54,14 @@ def predict(
     crf: bool = False,
     raw: bool = False,
     series: str | None = None,
+    evaluate: Path | None = None,
     device: Device = "auto",
     force: bool = False,
 ) -> int:
     """Predict files, folders of files or DICOM series with a trained run.
 
     Structures that overlap are written as one channel each (or one mask each, with --split), and into DICOM as they are.
-    Exit code 1 when an input could not be predicted; the others are.
+    Exit code 1 when an input could not be predicted, or not be evaluated; the others are.
 
     Args:
         run: run folder of a training; of train --fold all, whose folds are averaged
@@ -72,6 +74,7 @@ def predict(
         crf: refine slice by slice before the decision, as fitted on validation where the run says so
         raw: leave out what validation chose, component filters and temperature of probabilities
         series: SeriesInstanceUID, number or name of the one series wanted of a DICOM folder
+        evaluate: folder of references (or the one reference): writes metrics.json, metrics.csv and report.html to out
         device: where to compute
         force: overwrite outputs
     """
@@ -80,6 +83,8 @@ def predict(
     given = None if channels is None else tuple(name.strip() for name in channels.split(","))
     images = medseg.batch.find_inputs(inputs, len(given or predictor.plan.channels), series)
     formats = tuple(name.strip() for name in to.split(","))
+    if evaluate is not None:
+        medseg.report_evaluation.require_free_outputs(out, force)
     with bar("predicting") as progress:
         done = medseg.batch.predict_files(
             predictor, images, out, to=formats, channels=given, probabilities=probabilities, split=split,
@@ -90,4 +95,11 @@ def predict(
             print(path)
     for reason in done.failed.values():
         say(f"medseg: error: {reason}")
-    return 1 if done.failed else 0
+    if evaluate is None or not done.written:
+        return 1 if done.failed else 0
+    scans = {one.name: one for one in images}
+    found = medseg.report_evaluation.evaluate_predictions(
+        out, done.written, evaluate, failed=done.failed, image=lambda case: scans[case].read(), force=force
+    )
+    show_evaluation(found, json=False)
+    return 1 if found.failed else 0
