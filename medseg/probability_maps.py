@@ -1,4 +1,4 @@
-"""Images of probabilities, channel 0 the background, as label maps."""
+"""Images of probabilities as label maps; channel 0 is the background, except where structures overlap."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import numpy as np
 
 from medseg.volume import LabelMap, Structure, Volume
 
-__all__ = ["labels_of", "layers_of"]
+__all__ = ["labels_of", "layers_of", "overlap"]
+
+
+def overlap(probabilities: Volume) -> bool:
+    """Whether the structures may overlap: the file states as many as there are channels, none of them the background."""
+    return len(probabilities.meta.get("structures", ())) == probabilities.channels
 
 
 def labels_of(probabilities: Volume) -> LabelMap:
@@ -16,9 +21,12 @@ def labels_of(probabilities: Volume) -> LabelMap:
     ----------
     probabilities : Volume (C, I, J, K)
         Channel 0 is the background, channel c the structure c - 1 of ``meta["structures"]`` (number c where there are
-        none); one channel alone is that of a structure, taken from one half.
+        none); one channel alone is that of a structure, taken from one half. Where structures overlap, each is, and
+        the result has layers.
     """
     array = np.asarray(probabilities.array)
+    if overlap(probabilities):
+        return LabelMap(array >= 0.5, probabilities.geometry, _structures(probabilities))
     classes = (array[0] >= 0.5).astype(np.intp) if len(array) == 1 else array.argmax(0)
     structures = _structures(probabilities)
     numbers = np.array([0, *(s.number for s in structures)])
@@ -29,7 +37,8 @@ def labels_of(probabilities: Volume) -> LabelMap:
 def layers_of(probabilities: Volume) -> LabelMap:
     """The same probabilities as one layer per structure, without the background."""
     array = np.asarray(probabilities.array)
-    return LabelMap(array if len(array) == 1 else array[1:], probabilities.geometry, _structures(probabilities))
+    all_layers = len(array) == 1 or overlap(probabilities)
+    return LabelMap(array if all_layers else array[1:], probabilities.geometry, _structures(probabilities))
 
 
 def _structures(probabilities: Volume) -> tuple[Structure, ...]:

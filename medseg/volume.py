@@ -31,8 +31,8 @@ class Volume:
         The grid.
     meta : mapping
         What the reader knows beyond that. Keys in use: "modality" ("CT", "MR", ...), "path", "series_uid",
-        "frame_of_reference_uid", "description", "quirks" (tuple of sentences), and, for probabilities whose channel 0 is
-        the background, "structures" (those of the other channels).
+        "frame_of_reference_uid", "description", "quirks" (tuple of sentences), and, for probabilities, "structures": of all
+        channels, or where these are one more, of all but the first, which is the background.
     """
 
     array: Array

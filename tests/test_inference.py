@@ -11,6 +11,7 @@ import tiny
 import torch
 
 import medseg
+from medseg import probability_maps
 from medseg.batch import find_inputs, predict_files
 from medseg.inference import SURE, Predictor
 from medseg.io.dicom_write import write_series
@@ -97,6 +98,12 @@ def test_files_of_structures_that_overlap(tmp_path: Path) -> None:
         found = medseg.read_labels(path, like=scan)
         for name in ("bright", "dark"):
             assert np.array_equal(found.mask(name), expected.mask(name)), path.name
+    soft = medseg.read(done.written["series"][-1])  # as an image it still knows that no channel is the background
+    assert probability_maps.overlap(soft)
+    assert np.array_equal(probability_maps.labels_of(soft).array, expected.array)
+    assert np.array_equal(probability_maps.layers_of(soft).array, soft.array)
+    medseg.write(soft, tmp_path / "again.nii.gz")
+    assert probability_maps.overlap(medseg.read(tmp_path / "again.nii.gz"))
     split = predict_files(predictor, inputs, tmp_path / "split", to=("nifti", "seg"), split=True)
     relative = [str(p.relative_to(tmp_path / "split")) for p in split.written["series"]]
     assert relative == ["series/2_bright.nii.gz", "series/5_dark.nii.gz", "series.seg.dcm"]

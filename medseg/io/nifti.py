@@ -84,7 +84,7 @@ def read_volume(path: str | os.PathLike[str]) -> Volume:
     _warn(layout, path)
     meta = _meta(layout, path)
     structures = structures_from_json(layout.extra.get("structures", {}))
-    if structures and len(array) == len(structures) + 1:
+    if structures and len(array) == len(structures) + (not layout.extra.get("layers")):
         meta["structures"] = structures
     return Volume(array, layout.geometry, meta)
 
@@ -379,12 +379,14 @@ def write(value: Volume | LabelMap, path: Path, *, force: bool = False) -> None:
     if isinstance(value, Volume):
         array, structures = value.array, value.meta.get("structures", ())
         if structures:
-            if len(array) != len(structures) + 1:
+            if len(array) - len(structures) not in (0, 1):
                 raise ValueError(
-                    f"channels must be the background and one per structure in meta, got {len(array)} channels for "
-                    f"{len(structures)} structures in {path}; leave the structures out of meta"
+                    f"channels must be one per structure in meta, with or without the background, got {len(array)} "
+                    f"channels for {len(structures)} structures in {path}; leave the structures out of meta"
                 )
             extra["structures"] = structures_to_json(structures)
+            if len(array) == len(structures):
+                extra["layers"] = True
     else:
         extra["structures"] = structures_to_json(value.structures)
         array = value.array
