@@ -175,7 +175,7 @@ class TestRecords:
         ("values", "message"),
         [
             ({"epochs": 3, "minutes": 2}, "epochs and minutes must not both be given"),
-            ({"fold": 7}, "fold must be below the number of folds 5, got 7"),
+            ({"fold": 7, "folds": 5}, "fold must be below the number of folds 5, got 7"),
             ({"epochs": 0}, "epochs must be valid: Input should be greater than or equal to 1, got 0"),
             ({"seed": -1}, "seed must be valid"),
         ],

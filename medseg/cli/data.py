@@ -108,7 +108,9 @@ def plan(
     foreground: bool = False,
     set: Annotated[tuple[str, ...], arg(metavar="ENTRY=VALUE ...")] = (),
     fold: int | None = None,
-    folds: int = 5,
+    folds: int | None = None,
+    split_seed: int = 12345,
+    absent: Literal["background", "unknown"] = "background",
     group: str | None = None,
     device: Device = "auto",
     workers: int = 2,
@@ -127,22 +129,25 @@ def plan(
         foreground: learn all labels as one structure, where each number is an instance (a nucleus, a lesion)
         set: entries of the plan set by hand, like batch=4 spacing=1,1,3 features=16,32,64,128 mirror=[]
         fold: plan on the training cases of this fold alone
-        folds: number of folds
+        folds: number of folds; 5, or as many as there are patients if fewer
+        split_seed: of the shuffle that makes the folds
+        absent: what it means that a case lacks a label: that there is nothing of it, or that nobody drew it
         group: regular expression whose group 1 on the case id is the patient
         device: where it will be trained
         workers: threads that read cases
         json: print JSON
         force: overwrite out
     """
-    found = medseg.load_dataset(dataset, group=group)
+    found = medseg.load_dataset(dataset, group=group, absent=absent)
     if foreground:
         found = medseg.plan.united(found)
     cases = None
     if fold is not None:
-        parts = medseg.data.labelled_folds(found, folds)
-        if not 0 <= fold < folds:
-            raise ValueError(f"fold must be 0 to {folds - 1}, got {fold}")
-        cases = parts[fold][0]
+        labelled = [c for c in found.cases if c.label is not None]
+        count = folds or min(5, len({c.group for c in labelled}))
+        if not 0 <= fold < count:
+            raise ValueError(f"fold must be 0 to {count - 1}, got {fold}")
+        cases = medseg.data.folds(labelled, count, split_seed)[fold][0]
     with bar("planning") as progress:
         made = medseg.make_plan(
             found, cases, model=model, device=str(medseg.device.pick_device(device)), memory=memory, minutes=minutes,
