@@ -89,6 +89,9 @@ class TrainOptions(Record):
     minutes: float | None = Field(None, gt=0, description="time for everything: reading, training, validation")
     batch: int | None = Field(None, ge=1, description="patches per step; the plan's when not given")
     accumulate: int = Field(1, ge=1, description="parts a batch is computed in, one after the other, to save memory")
+    channel_dropout: float = Field(
+        0.0, ge=0, lt=1, description="chance that a channel of several is left out, for predictions without it"
+    )
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="AdamW, or SGD with Nesterov momentum 0.99")
     learning_rate: float = Field(2e-3, gt=0, description="at its highest")
     weight_decay: float = Field(1e-2, ge=0, description="decoupled in AdamW")

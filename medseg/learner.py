@@ -45,6 +45,7 @@ MIN_STEPS = 20  # of an epoch
 WARM_UP = 0.03  # share of the training over which the learning rate rises
 CHECKPOINT_S = 120.0  # between checkpoints
 ROLLBACKS = 3  # times that a loss which is not finite is mended by going back
+CHOICES = 1.5  # validations that choosing the postprocessing may last
 PLATEAU = 0.002  # change of the validation IoU that counts as none
 COMPILE_MINUTES = 10.0  # of training on a GPU from which a minute of compilation pays
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -87,7 +88,7 @@ class Learner:
         self.ema = {name: t.detach().clone() for name, t in network.state_dict().items()}
         together = _over_processes if self.fabric.world_size > 1 else None
         self.loss = DeepSupervision(DiceBCELoss(exclusive=not plan.overlapping, together=together))
-        self.augmentation = Augmentation.of(plan)
+        self.augmentation = Augmentation.of(plan, config.channel_dropout)
         self.epoch_steps = max(MIN_STEPS, math.ceil(len(self.training) / self.batch))
         self.total_steps = None if config.minutes else (config.epochs or 100) * self.epoch_steps
         self.validation_s = 0.0
@@ -116,12 +117,13 @@ class Learner:
 
     @property
     def progress(self) -> float:
-        """Share of the training that is done, 0 to 1: of the steps, or of the minutes less the final validation's."""
+        """Share of the training that is done, 0 to 1: of the steps, or of the minutes less what comes after it."""
         if self.total_steps is not None:
             return min(1.0, self.step / self.total_steps)
         budget = 60 * (self.config.minutes or 0)
         cases = len(self.validation.cases) / max(1, len(self.validation.shown))
-        share = min(1.0, self.elapsed_s / max(1e-6, budget - 1.5 * self.validation_s * cases))
+        after = (1.5 * cases + CHOICES) * self.validation_s  # the last validation, surfaces too; choices made on it
+        share = min(1.0, self.elapsed_s / max(1e-6, budget - after))
         return share if self.fabric.world_size == 1 else float(self.fabric.broadcast(share))  # one clock for all
 
     def _expectation(self, progress: float) -> str:
@@ -179,12 +181,14 @@ class Learner:
     def _train_step(self, batch: Batch, progress: float) -> float:
         """One step on a whole batch: of several processes each takes its share of it. Returns the loss."""
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
-        images, labels, known = (t.to(self.device) for t in batch)
-        images, labels, known = self.augmentation(images, labels, known, generator)
+        images, labels, known = self.augmentation(
+            batch[0].to(self.device), batch[1].to(self.device), batch[2], generator
+        )
         own = slice(self.fabric.global_rank, None, self.fabric.world_size)
         images = images[own].to(memory_format=memory_format(self.run.plan.dims))
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * self.rate * _schedule(progress)
+        torch.manual_seed(self.config.seed * 1_000_003 + self.step)  # of dropout, where the network has any
         begin = time.monotonic()
         self.module.train()
         self.optimizer.zero_grad()

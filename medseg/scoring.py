@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 
-from medseg.data import Case
+from medseg.data import Case, read_case_labels
 from medseg.evaluation import score_case
 from medseg.inference import Predictor
-from medseg.io import read_channels, read_labels
+from medseg.io import is_dicom, read_channels
 from medseg.plan import Plan
 from medseg.prepared import PreparedCase
 from medseg.report import Block, picture_blocks
+from medseg.targets import planned_labels
 from medseg.volume import LabelMap
 
 __all__ = ["Scoring", "mean", "planned_reference"]
@@ -76,7 +77,7 @@ class Scoring:
         for name, i in {"worst": order[0], "median": order[len(order) // 2]}.items():
             case, prepared = self.cases[i], self.prepared[i]
             reference, _ = planned_reference(case, predictor.plan)
-            image = read_channels([path for path in case.images if path is not None])
+            image = read_channels(case.images)
             prediction = predictor.from_prepared(prepared.image, prepared.geometry, image.geometry)
             blocks += picture_blocks(f"{name} case {case.id}, mean Dice {dice[i]:.3f}", image, prediction, reference)
         return blocks
@@ -94,17 +95,8 @@ def planned_reference(case: Case, plan: Plan) -> tuple[LabelMap, np.ndarray | No
     """
     if case.label is None:
         raise ValueError(f"validation case must have a label, got none for {case.id}")
-    labels = read_labels(case.label)
-    if labels.is_layered:
-        return (labels if plan.overlapping else labels.exclusive()), None
-    array = np.asarray(labels.array)
-    ignored = None if plan.ignore is None else array == plan.ignore
-    ignored = ignored if ignored is not None and ignored.any() else None
-    if not plan.overlapping and not any(s.labels for s in plan.structures):
-        return (labels if ignored is None else _without(labels, ignored)), ignored
-    masks = np.stack([s.mask(array, plan.ignore) for s in plan.structures])
-    layered = LabelMap(masks, labels.geometry, plan.as_structures(), labels.meta)
-    return (layered if plan.overlapping else layered.exclusive()), ignored
+    image = read_channels(case.images) if is_dicom(case.label) else None  # on whose grid such labels are put
+    return planned_labels(read_case_labels(case, image), plan)
 
 
 def _without(labels: LabelMap, ignored: np.ndarray) -> LabelMap:

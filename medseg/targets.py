@@ -125,6 +125,29 @@ def numbered_by_name(labels: LabelMap, plan: Plan) -> LabelMap:
     return replace(labels, array=array, structures=structures)
 
 
+def planned_labels(labels: LabelMap, plan: Plan) -> tuple[LabelMap, Array | None]:
+    """Labels on their own grid in the structures of the plan, and the mask of voxels that do not count, if any.
+
+    Voxels that do not count are background. Soft labels stay soft.
+
+    Raises
+    ------
+    ValueError
+        If structures overlap that the plan holds exclusive.
+    """
+    labels = numbered_by_name(labels, plan)
+    hidden = _ignored(labels, plan)
+    counted = True if hidden is None else ~hidden
+    soft = labels.is_layered and labels.array.dtype != bool
+    if labels.is_layered or plan.overlapping or any(s.labels for s in plan.structures):
+        layers = [layer for _, some in _native_layers(labels, plan, soft) for layer in some]
+    else:
+        array = labels.array if hidden is None else np.where(hidden, np.zeros((), labels.array.dtype), labels.array)
+        return replace(labels, array=array, structures=labels.structures), hidden
+    planned = replace(labels, array=np.stack(layers) * counted, structures=plan.as_structures())
+    return (planned if plan.overlapping else planned.exclusive()), hidden
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Exclusive classes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import time
@@ -29,6 +30,7 @@ from medseg.report import report_of_run
 from medseg.run import Run, write_json
 from medseg.scoring import Scoring
 from medseg.transfer import initialise, plan_of, with_architecture_of
+from medseg.validation import choose_postprocessing
 
 __all__ = ["planned", "prepared_cases", "require_fresh", "resumed", "split", "train"]
 
@@ -89,6 +91,9 @@ def train(config: TrainConfig, plan: Plan | None = None, *, cache: Path | None =
         )
         learner.fit()
         _finish(run, fabric, scores)
+        if fabric.is_global_zero and training != validation:
+            left = 60 * config.minutes - learner.elapsed_s if config.minutes else math.inf
+            log.info("postprocessing %s", choose_postprocessing(run, str(fabric.device), seconds=left).reason)
     fabric.barrier()
     if cache is None and fabric.is_global_zero:
         shutil.rmtree(run.path / "cache")
