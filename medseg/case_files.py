@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from medseg.dataset_json import declared_labels, read_header
 from medseg.io import is_dicom, is_mask_folder, read, read_labels, supported_suffix
 from medseg.probability_maps import labels_of, layers_of
 from medseg.volume import LabelMap
@@ -122,6 +123,17 @@ def sources(side: Sources, what: str) -> dict[str, Source]:
     if not found:
         raise FileNotFoundError(f"{what} folder must hold label maps, got none in {side}")
     return found
+
+
+def declared_names(side: Sources) -> dict[int, str]:
+    """Names of structures by number, from the dataset.json in the folder of label maps or the one above; else none."""
+    if isinstance(side, LabelMap | Mapping):
+        return {}
+    folder = Path(side) if Path(side).is_dir() else Path(side).parent
+    for root in (folder, folder.absolute().parent):
+        if header := read_header(root):
+            return declared_labels(header, root / "dataset.json").labels or {}
+    return {}
 
 
 def paired(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,15 @@ class Scoring:
     lesions: bool | Lesions = False
     labels_present: bool = False
     resample: bool = False
+
+    def settings(self) -> dict[str, Any]:
+        """What a reader of the numbers has to know."""
+        surface = Surface() if self.surface is True else self.surface or None
+        rule = Lesions() if self.lesions is True else self.lesions or None
+        found: dict[str, Any] = {}
+        if surface is not None:
+            found |= {"surface": surface.definition, "missing": surface.missing, "tolerance_mm": self.tolerance_mm}
+        return found if rule is None else {**found, "lesions": asdict(rule)}
 
 
 @dataclass(frozen=True)

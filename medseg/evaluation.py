@@ -6,7 +6,17 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
-from medseg.case_files import Source, Sources, case_pairs, is_many, paired, read_pair, read_probabilities, sources
+from medseg.case_files import (
+    Source,
+    Sources,
+    case_pairs,
+    declared_names,
+    is_many,
+    paired,
+    read_pair,
+    read_probabilities,
+    sources,
+)
 from medseg.case_scores import CaseRows, Scoring, Structures, Surface, is_made_up, row_of, score, score_case
 from medseg.lesions import Lesions
 from medseg.scores import VOLUMES, Evaluation, Row
@@ -40,7 +50,8 @@ def evaluate(
         image file of the same id is not read.
     structures : mapping of number to name, or sequence of numbers or names, optional
         What to score; all structures of either label map by default. Structures are matched by name where each name of
-        the prediction is also one of the reference, else by number.
+        the prediction is also one of the reference, else by number. Those that no file names are called as dataset.json,
+        in the folder of the references or the one above, says.
     tolerance_mm : float (mm)
         Tolerance of the normalised surface Dice.
     surface : bool or Surface
@@ -86,13 +97,15 @@ def evaluate(
         pairs = paired(sources(prediction, "prediction"), sources(reference, "reference"), common_only)
         found = _score_all(pairs, scored, progress)
         rows = [row for one in found for row in one.structures]
-        _named_alike([*rows, *(row for one in found for row in one.lesions)])
-        rows = rows if labels_present else _completed(rows)
     else:
         ((name, pair),) = case_pairs(prediction, reference).items()
-        found = [scored(name, pair)]
+        found, pairs = [scored(name, pair)], {}
         rows = found[0].structures
-    return Evaluation(tuple(rows), tuple(row for one in found for row in one.lesions))
+    found_lesions = [row for one in found for row in one.lesions]
+    if not (isinstance(lesions, Lesions) and lesions.instances):
+        _named_alike([*rows, *found_lesions], declared_names(reference))
+    rows = _completed(rows) if pairs and not labels_present else rows
+    return Evaluation(tuple(rows), tuple(found_lesions), how.settings())
 
 
 def _score_all(
@@ -126,14 +139,14 @@ def _failure(case: str, reason: str) -> CaseRows:
     return CaseRows([{**empty, "label": None, "error": reason}], [])
 
 
-def _named_alike(rows: list[Row]) -> None:
-    """Give a structure that some files name and others only number its name everywhere."""
+def _named_alike(rows: list[Row], declared: Mapping[int, str]) -> None:
+    """Give a structure that some files, or the data set, name and others only number its name everywhere."""
     names: dict[int, set[str]] = {}
     for row in rows:
         if "error" not in row and not is_made_up(row["structure"], row["label"]):
             names.setdefault(row["label"], set()).add(row["structure"])
     for row in rows:
-        known = names.get(row["label"], set())
+        known = names.get(row["label"], {declared[row["label"]]} if row["label"] in declared else set())
         if "error" not in row and is_made_up(row["structure"], row["label"]) and len(known) == 1:
             (row["structure"],) = known
 

@@ -29,9 +29,14 @@ WORST = 3
 DRAWN = ("dice", "nsd", "hd95_mm")
 LESIONS = {
     "reference_lesions": "lesions", "lesions_found": "found", "false_positives": "false positives",
-    "lesion_sensitivity": "sensitivity", "lesion_precision": "precision", "lesion_f1": "F1", "pq": "PQ", "sq": "SQ",
-    "rq": "RQ", "merges": "merges", "splits": "splits",
+    "lesion_sensitivity": "sensitivity", "lesion_precision": "precision", "lesion_f1": "F1", "sq": "SQ", "pq": "PQ",
+    "ap50": "AP50", "ap": "AP", "merges": "merges", "splits": "splits",
 }  # fmt: skip
+SURFACES = {
+    "voxel": "border voxels, the larger of both directed percentiles",
+    "pooled": "border voxels, the percentile of both directions together",
+    "area": "elements weighted by their area, the larger of both directed percentiles",
+}
 Image = Volume | str | os.PathLike[str]
 Images = Image | Mapping[str, Image] | Callable[[str], Image]
 
@@ -160,13 +165,15 @@ def report_of_evaluation(
     })  # fmt: skip
     pictures, colors = _case_pictures(evaluation, prediction, reference, image, resample)
     summary, rows, *rest = metrics_blocks(evaluation, colors)
-    sections = [Section("Summary", [facts, summary, *_lesion_tables(evaluation)])]
+    sections = [Section("Summary", [facts, summary, *_rules(evaluation), *_lesion_tables(evaluation)])]
     if failed:
         note = Text(f"{len(failed)} of {len(cases)} cases could not be scored and count in no mean.")
         sections.append(Section("Failed cases", [note, *rest]))
     drawn = {m: METRIC_NAMES[m] for m in DRAWN if any(np.isfinite(r.get(m, np.nan)) for r in evaluation.rows)}
     if drawn:
-        what = "Boxes: quartiles; whiskers: 1.5 interquartile ranges; one point per case."
+        what = (
+            "Boxes: quartiles; whiskers: 1.5 interquartile ranges; one point per case; triangles: a structure missing."
+        )
         plot = Picture(distribution_picture(evaluation.rows, drawn, colors), what, f"Spread over cases. {what}")
         sections.append(Section("Distribution", [plot]))
     if others:
@@ -178,17 +185,41 @@ def report_of_evaluation(
     write_report(path, sections, title=title, force=force)
 
 
+def _rules(evaluation: Evaluation) -> list[Block]:
+    """How distances were measured, in words."""
+    how = evaluation.settings
+    if "surface" not in how:
+        return []
+    both = [row for row in evaluation.rows if "error" not in row and np.isfinite(row["dice"])]
+    missed, false = (sum(row[key] == 0 for row in both) for key in ("volume_mm3", "reference_volume_mm3"))
+    stands = "the diagonal of the image" if how["missing"] == "diagonal" else "no distance (these cases do not count)"
+    return [
+        Text(
+            f"Surfaces: {SURFACES[how['surface']]}. NSD: within {how['tolerance_mm']:g} mm. Where one side alone has a "
+            f"structure ({missed} missed, {false} made up), Dice, IoU and NSD are 0 and the distances are {stands}."
+        )
+    ]
+
+
 def _lesion_tables(evaluation: Evaluation) -> list[Block]:
     if "lesion_f1" not in evaluation.metrics:
         return []
-    counts = ("reference_lesions", "lesions_found", "false_positives", "merges", "splits")
-    rows: list[list[Cell]] = []
-    for entry in evaluation.summary:
-        means = [entry[m]["mean"] for m in LESIONS]
-        rows.append(
-            [entry["structure"], *(Interval(v, is_share=m not in counts) for m, v in zip(LESIONS, means, strict=True))]
-        )
-    return [Table("Lesions: means per case", ["structure", *LESIONS.values()], rows, is_open=True)]
+    means: list[list[Cell]] = [
+        [entry["structure"], *(entry[m]["mean"] for m in LESIONS)] for entry in evaluation.summary
+    ]
+    told: list[list[Cell]] = [
+        [
+            row["case"], row["structure"], f"{row['side']} {row['lesion']}", row["volume_mm3"],
+            ", ".join(f"{row[k]:.1f}" for k in ("x_mm", "y_mm", "z_mm")), row["outcome"], row["note"],
+        ]
+        for row in evaluation.lesions
+        if row["note"] or row["outcome"] in ("missed", "false positive")
+    ]  # fmt: skip
+    head = ["case", "structure", "lesion", "volume (mm³)", "centre (RAS, mm)", "outcome", "merges and splits"]
+    blocks: list[Block] = [Table("Lesions: means per case", ["structure", *LESIONS.values()], means, is_open=True)]
+    if told:
+        blocks.append(Table("Lesions missed, made up, merged or split", head, told))
+    return blocks
 
 
 def _ranking(evaluation: Evaluation, others: Mapping[str, Evaluation]) -> Table:

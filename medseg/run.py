@@ -122,7 +122,7 @@ class Run:
         path = self.path / "metrics.json"
         if not path.is_file():
             raise FileNotFoundError(f"run must have finished, got no metrics.json in {self.path}; go on with --resume")
-        return Evaluation(tuple(json.loads(path.read_text())["cases"]))
+        return Evaluation.from_json(path.read_text())
 
     def save_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Write the best weights, atomically."""

@@ -8,7 +8,7 @@ import html
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,23 @@ class Evaluation:
     lesions : tuple of dict
         One per case, structure and lesion, of either side, where lesions were asked for: see
         :func:`medseg.lesions.lesion_rows`.
+    settings : mapping
+        How distances were measured and lesions matched.
     """
 
     rows: tuple[Row, ...]
     lesions: tuple[Row, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, text: str) -> Evaluation:
+        """The inverse of :meth:`to_json`, without the lesions."""
+        found = json.loads(text)
+        rows = [
+            {k: np.nan if v is None and k not in ("label", "error") else v for k, v in row.items()}
+            for row in found["cases"]
+        ]
+        return cls(tuple(rows), settings=found.get("settings", {}))
 
     @property
     def failed(self) -> tuple[Row, ...]:
@@ -69,7 +82,8 @@ class Evaluation:
     @cached_property
     def summary(self) -> list[dict[str, Any]]:
         """Per structure, and "mean" over structures: n (cases), n_defined (cases with a Dice), and for each metric
-        "mean" over the defined cases, with "ci95", the 95 % interval by bootstrap over cases (fixed seed).
+        "mean" over the cases in which it is defined, their number "n", and "ci95", the 95 % interval by bootstrap over
+        cases (fixed seed).
         """
         scored = [row for row in self.rows if "error" not in row]
         names = list(dict.fromkeys(row["structure"] for row in scored))
@@ -82,7 +96,8 @@ class Evaluation:
             values[(slice(None), *at)] = [row.get(metric, np.nan) for metric in self.metrics]
             listed[at] = True
         estimates = {metric: _bootstrap(values[m]) for m, metric in enumerate(self.metrics)}
-        defined = np.isfinite(values[METRICS.index("dice")])
+        is_defined = np.isfinite(values)
+        defined = is_defined[METRICS.index("dice")]
         table = []
         for s, name in enumerate([*names, OVER_STRUCTURES]):
             whole = s == len(names)
@@ -91,8 +106,9 @@ class Evaluation:
                 "n": len(cases) if whole else int(listed[:, s].sum()),
                 "n_defined": int((defined.any(axis=1) if whole else defined[:, s]).sum()),
             }
-            for metric, (mean, low, high) in estimates.items():
-                entry[metric] = {"mean": float(mean[s]), "ci95": [float(low[s]), float(high[s])]}
+            for own, (metric, (mean, low, high)) in zip(is_defined, estimates.items(), strict=True):
+                n = int((own.any(axis=1) if whole else own[:, s]).sum())
+                entry[metric] = {"mean": float(mean[s]), "ci95": [float(low[s]), float(high[s])], "n": n}
             table.append(entry)
         return table
 
@@ -107,8 +123,10 @@ class Evaluation:
         )
 
     def to_json(self) -> str:
-        """``{"cases": [rows], "summary": [...]}``; NaN is null."""
-        return json.dumps(_without_nan({"cases": self.rows, "summary": self.summary}), indent=1)
+        """``{"cases": [rows], "summary": [...], "settings": {...}}``; NaN is null."""
+        return json.dumps(
+            _without_nan({"cases": self.rows, "summary": self.summary, "settings": self.settings}), indent=1
+        )
 
     def to_pandas(self) -> Any:
         """The rows as a pandas DataFrame (needs pandas)."""

@@ -257,7 +257,10 @@ def test_json_csv_and_tables(folders, tmp_path):
     result = evaluate(p, r)
     result.write(tmp_path / "out")
     data = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert sorted(data) == ["cases", "summary"]
+    assert sorted(data) == ["cases", "settings", "summary"]
+    assert data["settings"] == {"surface": "voxel", "missing": "diagonal", "tolerance_mm": 1.0}
+    again = Evaluation.from_json(result.to_json())
+    assert (again.to_json(), repr(again)) == (result.to_json(), repr(result))
     assert {"case", "structure", "iou", "dice", "hd95_mm", "nsd", "volume_mm3", "reference_volume_mm3"} <= set(
         data["cases"][0]
     )

@@ -98,6 +98,27 @@ def test_every_format_gives_the_same_rows(tmp_path):
                 assert row[key] == pytest.approx(want[row["structure"]][key], rel=gap, abs=gap), (prediction, key)
 
 
+@pytest.mark.parametrize("above", [False, True])
+def test_names_of_the_data_set(folders, above):
+    """Label files without names are called as dataset.json says; names of a file come first."""
+    for n in range(5):
+        bare = LabelMap(truth(n).array, GRID)
+        medseg.write(bare, folders / "r" / f"case_{n}.nii.gz", force=True)
+        medseg.write(bare, folders / "p" / f"case_{n}.nii.gz", force=True)
+    (folders / ("dataset.json" if above else "r/dataset.json")).write_text(
+        '{"labels": {"0": "air", "1": "a", "4": "b"}}'
+    )
+    found = evaluate_json(folders / "p", folders / "r", "--lesions")
+    assert [e["structure"] for e in found["summary"]] == ["a", "b", "mean"]
+    one = evaluate(folders / "p" / "case_1.nii.gz", folders / "r" / "case_1.nii.gz", lesions=True)
+    assert {row["structure"] for row in one.lesions} == {"a", "b"}
+    assert [e["structure"] for e in evaluate_json(folders / "q", folders / "r")["summary"]] == [
+        "liver",
+        "spleen",
+        "mean",
+    ]
+
+
 def test_folders_of_masks_are_cases(folders):
     for n in range(5):
         medseg.convert(folders / "p" / f"case_{n}.nii.gz", f"{folders}/m/case_{n}/", labels=True, split=True)

@@ -22,8 +22,8 @@ ERR = Console(stderr=True)
 METRICS = {"iou": "IoU", "dice": "Dice", "hd95_mm": "HD95 (mm)", "nsd": "NSD"}
 LESIONS = {
     "lesion_f1": "lesion F1", "lesion_sensitivity": "sensitivity", "false_positives": "false positives", "pq": "PQ",
-    "ap50": "AP50", "ap75": "AP75", "ap": "mean AP",
 }  # fmt: skip
+INSTANCES = {"lesion_f1": "F1", "pq": "PQ", "ap50": "AP50", "ap75": "AP75", "ap": "mean AP"}
 PROBABILITIES = {"soft_dice": "soft Dice", "brier": "Brier score", "ece": "calibration error"}
 
 
@@ -74,7 +74,8 @@ def show_evaluation(evaluation: Any, json: bool, others: Mapping[str, Any] | Non
 
 def _print_summary(evaluation: Any) -> None:
     """Means with their intervals, of the usual metrics and of those of lesions and probabilities where measured."""
-    for metrics in (METRICS, LESIONS, PROBABILITIES):
+    instances = evaluation.settings.get("lesions", {}).get("instances", False)
+    for metrics in (METRICS, INSTANCES if instances else LESIONS, PROBABILITIES):
         shown = {m: name for m, name in metrics.items() if m in evaluation.metrics}
         if not shown:
             continue
