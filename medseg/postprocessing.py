@@ -67,6 +67,8 @@ class Postprocessing(Choice):
     @property
     def reason(self) -> str:
         """One sentence for people."""
+        if not self.cases:
+            return "off: there was no time to look at validation cases"
         words = [f.words for f in self.filters] or ["no component filter helps"]
         if self.temperature == 1 or self.ece is None:
             words.append("probabilities as they are")
@@ -137,9 +139,10 @@ def find_components(prediction: Array, reference: Array, voxel_mm3: float) -> Co
     voxel_mm3 : float (mm3)
         Volume of a voxel.
     """
-    numbered = components(prediction)
+    box = next(iter(ndimage.find_objects(prediction.view(np.uint8))), None) or (slice(0, 0),)
+    numbered = components(prediction[box])
     sizes = np.bincount(numbered.ravel(), minlength=1)
-    shared = np.bincount(numbered[reference], minlength=len(sizes))
+    shared = np.bincount(numbered[reference[box]], minlength=len(sizes))
     return Components(sizes[1:], shared[1:], int(np.count_nonzero(reference)), voxel_mm3)
 
 

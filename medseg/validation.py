@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ from medseg.volume import LabelMap, Volume
 
 __all__ = ["HeldOut", "choose_postprocessing", "held_out"]
 
+log = logging.getLogger("medseg")
 Array = NDArray[Any]
 CASES = 24  # validation cases looked at
 MARGIN = 10  # voxels around the structures from which the temperature is fitted
@@ -185,8 +187,13 @@ def choose_postprocessing(
     tables: dict[int, list[Components]] = defaultdict(list)
     samples: list[tuple[Array, Array]] = []
     count = 0
-    for count, one in enumerate(held_out(folder, device, most=most, seconds=seconds), start=1):
-        labels, soft = one.predict()
+    for one in held_out(folder, device, most=most, seconds=seconds):
+        try:
+            labels, soft = one.predict()
+        except MemoryError as problem:  # K times the image: a training that has ended well does not fail by it
+            log.warning("case %s is left out of the choice of filters and temperature: %s", one.case.id, problem)
+            continue
+        count += 1
         for structure in plan.structures:
             if one.known(structure):
                 pair = labels.mask(structure.number), one.truth(structure)

@@ -172,7 +172,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     root = tmp_path_factory.mktemp("post")
     tiny.write_dataset(root / "set", 7)
     config = TrainConfig(
-        dataset=root / "set", out=root / "run", epochs=8, folds=2, precision="32-true", device="cpu", learning_rate=0.01
+        dataset=root / "set", out=root / "run", epochs=4, folds=2, precision="32-true", device="cpu", learning_rate=0.01
     )
     return medseg.train(config, tiny.plan())
 
