@@ -41,6 +41,7 @@ Labels = Array | torch.Tensor
 Missing = Literal["diagonal", "nan"]
 SLAB = 1 << 17  # voxels looked at together: small enough for the cache
 LARGEST_LABEL = 1 << 20
+HOST = "cpu"  # tensors on any other device stay there
 DISTANCES = ("hd_mm", "hd95_mm", "assd_mm", "nsd")
 SLACK_MM = 1e-4  # distances are float32: 3 x 0.8 mm must count as within a tolerance of 2.4 mm
 
@@ -298,7 +299,7 @@ def _label_pair(prediction: Labels, reference: Labels) -> tuple[Labels, Labels]:
         if isinstance(labels, torch.Tensor):
             if labels.is_floating_point() or labels.is_complex():
                 raise TypeError(f"{name} must hold integers or bool, got {labels.dtype}")
-            pair.append(labels.numpy() if labels.device.type == "cpu" else labels)
+            pair.append(labels.numpy() if labels.device.type == HOST else labels)
         else:
             array = np.asarray(labels)
             if array.dtype.kind not in "bui":

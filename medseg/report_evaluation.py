@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -268,7 +269,8 @@ def _case_pictures(
     colors: dict[str, tuple[int, int, int]] = {}
     scores = dict(ordered)
     for case, why in chosen.items():
-        p, r = aligned_pair(case, *read_pair(*pairs[case]), resample)
+        names = {row["label"]: row["structure"] for row in evaluation.rows if row["case"] == case}
+        p, r = (_named(side, names) for side in aligned_pair(case, *read_pair(*pairs[case]), resample))
         colors.update({s.name: s.color for s in (*p.structures, *r.structures)})
         scan = _scan(image, case, r)
         shown = planes_picture(scan, p, r, focus="disagreement", zoom=True)
@@ -283,6 +285,11 @@ def _case_pictures(
         )
         blocks.append(Picture(shown, caption, f"Case {case} in three planes, contours of both masks"))
     return blocks, colors
+
+
+def _named(labels: LabelMap, names: Mapping[int, str]) -> LabelMap:
+    """The label map with its structures called as in the rows."""
+    return replace(labels, structures=tuple(replace(s, name=names.get(s.number, s.name)) for s in labels.structures))
 
 
 def _scan(image: Images | None, case: str, labels: LabelMap) -> Volume:

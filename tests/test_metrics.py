@@ -225,6 +225,40 @@ def test_label_maps_and_layers_give_the_same_rows():
     assert maps == tensors
 
 
+@pytest.mark.parametrize("definition", ["voxel", "pooled", "area"])
+def test_what_runs_on_a_gpu_gives_the_same_rows(definition, monkeypatch):
+    """The path of tensors on another device, taken on the CPU: the same numbers as arrays, in the form of both inputs."""
+    rng = np.random.default_rng(0)
+    (a, b), (c, d) = blobs(rng, (19, 14, 9)), blobs(rng, (19, 14, 9))
+    p, r = np.where(a, 1, 3 * c).astype(np.uint8), np.where(b, 1, 3 * d).astype(np.uint8)
+    p[0, 0, 0], spacing = 7, (0.9, 1.4, 2.0)
+    labels = [1, 3, 7, 9]
+    host = metrics.structure_scores(p, r, labels, spacing, definition=definition)
+    monkeypatch.setattr(metrics, "HOST", "none")
+    tensors = torch.as_tensor(p), torch.as_tensor(r)
+    monkeypatch.setattr(metrics, "_scan_host", None)  # would fail
+    monkeypatch.setattr(surface, "_nearest", None)
+    layers = [torch.stack([x == n for n in labels]) for x in tensors]
+    for device in (
+        metrics.structure_scores(*tensors, labels, spacing, definition=definition),
+        metrics.structure_scores(*layers, None, spacing, definition=definition),
+    ):
+        for got, want in zip(device, host, strict=True):
+            assert got == pytest.approx(want, abs=2e-5, nan_ok=True)
+
+
+def test_distances_of_tensors_are_exact():
+    """Against the exact transform in C++, on anisotropic grids with few and many targets."""
+    edt = pytest.importorskip("edt")
+    rng = np.random.default_rng(2)
+    for shape, spacing in (((31, 17, 12), (0.7, 1.1, 4.0)), ((1, 40, 9), (2.0, 0.5, 0.9)), ((23, 18), (0.3, 3.0))):
+        for share in (0.002, 0.2):
+            targets = rng.random(shape) < share
+            targets.flat[5] = True
+            got = surface.distance_transform(torch.as_tensor(targets), spacing)
+            np.testing.assert_allclose(got, edt.edt(~targets, anisotropy=spacing), rtol=2e-6, atol=1e-6)
+
+
 def test_contract_of_the_undefined():
     nothing, something = np.zeros((6, 5, 4), np.uint8), np.zeros((6, 5, 4), np.uint8)
     something[2:4, 1:3, 1:3] = 1

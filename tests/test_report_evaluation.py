@@ -28,7 +28,7 @@ def folders(tmp_path):
     """Four cases, shifted by their number of voxels; the third prediction is broken, the fifth reference has none."""
     array = np.zeros(GRID.shape, np.uint8)
     array[2:8, 2:9, 1:5], array[2:8, 2:9, 6:8] = 1, 2
-    labels = LabelMap(array, GRID, (Structure(1, "liver"), Structure(2, "<b>spleen</b>")))
+    labels = LabelMap(array, GRID, (Structure(1, "liver"), Structure(2, "<b>[red]spleen</b>")))
     for n in range(5):
         write(labels, tmp_path / "r" / f"case_{n}.nii.gz")
         write(Volume(array[None].astype(np.int16) * 100, GRID), tmp_path / "i" / f"case_{n}.nii.gz")
@@ -43,7 +43,7 @@ def test_report(folders):
     found = evaluate(p, r, lesions=True)
     report_of_evaluation(folders / "report.html", found, p, r, image=folders / "i", others={"the same": found})
     page = (folders / "report.html").read_text()
-    assert "<b>spleen" not in page and "&lt;b&gt;spleen" in page
+    assert "<b>[red]spleen" not in page and "&lt;b&gt;[red]spleen" in page
     assert not re.search(r"(src|href)=\"(?!data:|#)", page)
     for part in ("Summary", "Failed cases", "Distribution", "Comparison", "Worst and median cases", "All cases"):
         assert f">{part}</h2>" in page
@@ -84,6 +84,7 @@ def test_command_writes_everything_and_says_what_failed(folders, monkeypatch, ca
     assert run(p, r, "--out", out, "--image", folders / "i", "--compare", p, "--lesions") == 1
     assert {f.name for f in out.iterdir()} == {"metrics.json", "metrics.csv", "lesions.csv", "report.html"}
     text = capsys.readouterr()
+    assert "[red]spleen" in text.out
     assert "case_2: " in text.err and "case_4: prediction must exist" in text.err
     assert run(p / "case_1.nii.gz", r / "case_1.nii.gz") == 0
     assert run(p, r, "--out", out) == 1  # exists

@@ -9,6 +9,7 @@ from json import dumps, loads
 from typing import Annotated, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from tyro.conf import arg
@@ -59,16 +60,18 @@ def show_evaluation(evaluation: Any, json: bool, others: Mapping[str, Any] | Non
     for row in evaluation.failed:
         say(f"{row['case']}: {row['error']}")
     for name, own in comparisons.items():
-        table = Table("structure", "pairs", "Dice of the other", "Dice", "difference", "p (Wilcoxon, Holm)", title=name)
+        table = Table(
+            "structure", "pairs", "Dice of the other", "Dice", "difference", "p (Wilcoxon, Holm)", title=escape(name)
+        )
         for c in own:
             change = f"{c.difference:+.3f} [{c.low:+.3f}, {c.high:+.3f}]"
-            table.add_row(c.structure, str(c.n), f"{c.first:.3f}", f"{c.second:.3f}", change, f"{c.p_holm:.3g}")
+            table.add_row(escape(c.structure), str(c.n), f"{c.first:.3f}", f"{c.second:.3f}", change, f"{c.p_holm:.3g}")
         print_table(table)
     if ranks:
         table = Table("place", "run", "mean rank by Dice", "mean Dice", "missing")
         for r in ranks:
             interval = f"{r.mean_rank:.2f} [{r.low:.2f}, {r.high:.2f}]"
-            table.add_row(str(r.place), r.run, interval, f"{r.mean:.3f}", str(r.missing))
+            table.add_row(str(r.place), escape(r.run), interval, f"{r.mean:.3f}", str(r.missing))
         print_table(table)
 
 
@@ -81,9 +84,14 @@ def _print_summary(evaluation: Any) -> None:
             continue
         table = Table("structure", "cases", *shown.values())
         for row in evaluation.summary:
-            cells = [f"{row[m]['mean']:.3f} [{row[m]['ci95'][0]:.3f}, {row[m]['ci95'][1]:.3f}]" for m in shown]
-            table.add_row(row["structure"], str(row["n_defined"]), *cells)
+            table.add_row(escape(row["structure"]), str(row["n_defined"]), *(_interval(row[m]) for m in shown))
         print_table(table)
+
+
+def _interval(estimate: Mapping[str, Any]) -> str:
+    mean, (low, high) = estimate["mean"], estimate["ci95"]
+    shown = "–" if mean != mean else f"{mean:.3f}"
+    return shown if low != low else f"{shown} [{low:.3f}, {high:.3f}]"
 
 
 def _plain(rows: Sequence[Any]) -> list[dict[str, Any]]:
