@@ -100,6 +100,7 @@ class TrainOptions(Record):
         "background", description="what a label is in a case that does not hold it: absent, or not drawn"
     )
     overlapping: bool = Field(False, description="a sigmoid for each structure, even if the labels exclude each other")
+    foreground: bool = Field(False, description="learn all labels as one structure, like instances of one kind")
     plan: Path | None = Field(None, description="a plan.json to use instead of planning")
     memory: str | None = Field(
         None, description="what the training may take, like 4GB; half of what is free by default"

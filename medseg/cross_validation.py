@@ -30,14 +30,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from medseg.config import TrainConfig
-from medseg.data import Case, Dataset, load_dataset
+from medseg.data import Case, Dataset
 from medseg.device import pick_device
 from medseg.ensemble import Ensemble, Fold
 from medseg.evaluation import Evaluation
 from medseg.plan import Plan
 from medseg.report import report_of_run
 from medseg.run import Run
-from medseg.training import FOLDS, planned, prepared_cases, require_fresh, resumed, train
+from medseg.training import FOLDS, dataset_of, planned, prepared_cases, require_fresh, resumed, train
 from medseg.validation import choose_postprocessing
 
 __all__ = ["train_folds"]
@@ -83,7 +83,7 @@ def train_folds(config: TrainConfig, plan: Plan | None = None) -> Run:
     -----
     Cases are preprocessed once, before the first fold starts. Children write to ``OUT/foldK.log``.
     """
-    dataset = load_dataset(config.dataset, group=config.group, absent=config.absent)
+    dataset = dataset_of(config)
     cases = tuple(c for c in dataset.cases if c.label is not None)
     groups = len({c.group for c in cases})
     if groups < 2:

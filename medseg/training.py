@@ -24,7 +24,7 @@ from medseg.device import pick_device
 from medseg.evaluation import Evaluation
 from medseg.inference import Predictor
 from medseg.learner import Learner
-from medseg.plan import Plan, make_plan
+from medseg.plan import Plan, make_plan, smaller_plan, united
 from medseg.prepared import PreparedCase, prepare
 from medseg.report import report_of_run
 from medseg.run import Run, write_json
@@ -32,7 +32,7 @@ from medseg.scoring import Scoring
 from medseg.transfer import initialise, plan_of, with_architecture_of
 from medseg.validation import choose_postprocessing
 
-__all__ = ["planned", "prepared_cases", "require_fresh", "resumed", "split", "train"]
+__all__ = ["dataset_of", "planned", "prepared_cases", "require_fresh", "resumed", "split", "train"]
 
 log = logging.getLogger("medseg")
 FOLDS = 5
@@ -71,7 +71,7 @@ def train(config: TrainConfig, plan: Plan | None = None, *, cache: Path | None =
     """
     started = time.monotonic()
     device = pick_device(config.device)
-    dataset = load_dataset(config.dataset, group=config.group, absent=config.absent)
+    dataset = dataset_of(config)
     training, validation = split(dataset, config)
     processes = _fabric(device)
     with processes.rank_zero_first(), _deterministic(config.deterministic):
@@ -89,7 +89,8 @@ def train(config: TrainConfig, plan: Plan | None = None, *, cache: Path | None =
         learner = Learner(
             run, config, fabric, _network(run, config, fabric), [prepared[c.id] for c in training], scores, started
         )
-        learner.fit()
+        with _memory_explained(run, str(device)):
+            learner.fit()
         _finish(run, fabric, scores)
         if fabric.is_global_zero and training != validation:
             left = 60 * config.minutes - learner.elapsed_s if config.minutes else math.inf
@@ -98,6 +99,12 @@ def train(config: TrainConfig, plan: Plan | None = None, *, cache: Path | None =
     if cache is None and fabric.is_global_zero:
         shutil.rmtree(run.path / "cache")
     return run
+
+
+def dataset_of(config: TrainConfig) -> Dataset:
+    """The data set as configured."""
+    dataset = load_dataset(config.dataset, group=config.group, absent=config.absent)
+    return united(dataset) if config.foreground else dataset
 
 
 def split(dataset: Dataset, config: TrainConfig) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
@@ -237,6 +244,24 @@ def _fabric(device: torch.device, precision: Any = "32-true") -> Fabric:
     )
     fabric.launch()
     return fabric
+
+
+@contextmanager
+def _memory_explained(run: Run, device: str) -> Iterator[None]:
+    """Memory that is full is an error that names a smaller plan, which it writes."""
+    try:
+        yield
+    except RuntimeError as problem:
+        if not isinstance(problem, torch.OutOfMemoryError) and "allocate memory" not in str(problem):
+            raise
+        plan, words = smaller_plan(run.plan)
+        path = run.path.with_name(f"{run.path.name}-smaller-plan.json")
+        plan.save(path, force=True)
+        patch = " x ".join(map(str, run.plan.patch))
+        raise ValueError(
+            f"training step must fit the memory of {device}, got a batch of {run.plan.batch} patches of {patch} that does "
+            f"not; a smaller plan ({words}) is in {path}: train again with --plan {path} --force, or with --accumulate 2"
+        ) from problem
 
 
 @contextmanager

@@ -255,3 +255,41 @@ def test_the_plateau_is_found() -> None:
 def test_settings_of_torch_are_put_back(dataset: Path, tmp_path: Path) -> None:
     medseg.train(config(dataset, tmp_path / "run", deterministic=True, epochs=1), tiny.plan())
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_full_memory_names_a_smaller_plan_and_writes_it(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(learner.DeepSupervision, "forward", full)
+    with pytest.raises(ValueError, match=r"must fit the memory of cpu, got a batch of 4 patches of 16 x 16 x 12"):
+        medseg.train(config(dataset, tmp_path / "run"), tiny.plan())
+    smaller = medseg.Plan.load(tmp_path / "run-smaller-plan.json")
+    assert smaller.batch * np.prod(smaller.patch) < 4 * 16 * 16 * 12
+
+
+def test_a_reader_that_fails_shows_its_own_error(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = learner.draw_batch
+
+    def broken(*inputs: object) -> learner.Batch:
+        if inputs[-1] == 7:
+            raise OSError("disk is gone in case case3")
+        return draw(*inputs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(learner, "draw_batch", broken)
+    with pytest.raises(OSError, match="disk is gone in case case3"):
+        medseg.train(config(dataset, tmp_path / "run"), tiny.plan())
+    assert Run.open(tmp_path / "run").has_checkpoint()
+
+
+def test_all_labels_as_one_structure(dataset: Path, tmp_path: Path) -> None:
+    base = tiny.plan()
+    one = base.structures[0].model_copy(update={"number": 1, "name": "foreground", "labels": (-1,)})
+    plan = base.model_copy(update={"structures": (one,)})
+    run = medseg.train(config(dataset, tmp_path / "run", foreground=True, epochs=8), plan)
+    assert {r["structure"] for r in run.evaluation().rows} == {"foreground"}
+    assert run.evaluation().mean("dice") > 0.6
