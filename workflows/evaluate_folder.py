@@ -23,7 +23,7 @@ class Recipe:
     references: Positional[Path]
     """Folder of label maps with the same names."""
     out: Path = Path("evaluation")
-    """Folder for metrics.json and metrics.csv."""
+    """Folder for metrics.json, metrics.csv and report.html."""
     tolerance_mm: float = 1.0
     """Tolerance of the normalised surface Dice (mm)."""
     common_only: bool = False
@@ -38,7 +38,7 @@ def main(recipe: Recipe) -> None:
         tolerance_mm=recipe.tolerance_mm,
         common_only=recipe.common_only,
     )
-    evaluation.write(recipe.out)
+    medseg.report_evaluation.write_evaluation(recipe.out, evaluation, recipe.predictions, recipe.references)
     for row in evaluation.summary:
         low, high = row["iou"]["ci95"]
         print(

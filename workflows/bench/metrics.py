@@ -1,7 +1,7 @@
 """Metrics beside their peers: time and memory on a 6-class 512 x 512 x 256 pair, and agreement of definitions.
 
 ``python workflows/bench/metrics.py [FOLDER]``; FOLDER with ``labelsTr`` adds 50 pairs of small real label maps. Needs
-medpy, surface-distance and SimpleITK beside MONAI. One CPU thread.
+medpy, surface-distance, SimpleITK and panoptica beside MONAI. One CPU thread; peers once, ours three times.
 """
 
 from __future__ import annotations
@@ -18,10 +18,21 @@ import torch
 from _measure import Measurement, measure, show
 from medpy.metric import binary as medpy
 from monai.metrics import DiceMetric, compute_hausdorff_distance, compute_surface_dice
+from panoptica import (
+    ConnectedComponentsInstanceApproximator,
+    InputType,
+    Metric,
+    NaiveThresholdMatching,
+    Panoptica_Evaluator,
+)
+from panoptica.metrics import MetricMode
 from scipy import ndimage
 
+from medseg.case_scores import score_case
 from medseg.io import read_labels
+from medseg.lesions import components, match_lesions
 from medseg.metrics import confusion, dice, overlap, structure_scores, surface_scores
+from medseg.volume import Geometry, LabelMap
 
 SPACING = (0.8, 0.8, 1.5)
 ORGANS = (
@@ -81,6 +92,15 @@ def _sitk(p: np.ndarray, r: np.ndarray) -> str:
     return _text([measures.GetDiceCoefficient(n) for n in LABELS])
 
 
+def _sitk_hausdorff(p: np.ndarray, r: np.ndarray) -> str:
+    images = [sitk.GetImageFromArray((a == 2).astype(np.uint8).T) for a in (p, r)]
+    for image in images:
+        image.SetSpacing(SPACING)
+    distance = sitk.HausdorffDistanceImageFilter()
+    distance.Execute(*images)
+    return _text([distance.GetHausdorffDistance()])
+
+
 def _deepmind(p: np.ndarray, r: np.ndarray) -> str:
     rows = []
     for a, b in _masks(p, r):
@@ -96,6 +116,15 @@ def _all_at_once(definition: str) -> Callable[[np.ndarray, np.ndarray], str]:
         return _text([row["hd95_mm"] for row in rows])
 
     return run
+
+
+def _panoptica(p: np.ndarray, r: np.ndarray, spacing: tuple[float, ...]) -> list[float]:
+    """HD95 of each label."""
+    evaluator = Panoptica_Evaluator(
+        InputType.MATCHED_INSTANCE, instance_metrics=[Metric.DSC, Metric.IOU, Metric.ASSD, Metric.HD, Metric.HD95]
+    )
+    (found,) = evaluator.evaluate(p, r, voxelspacing=spacing, verbose=False).values()
+    return [float(v) for v in found.get_list_metric(Metric.HD95, MetricMode.ALL)]
 
 
 def _surface_rows() -> dict[str, Callable[[np.ndarray, np.ndarray], str]]:
@@ -114,6 +143,9 @@ def _surface_rows() -> dict[str, Callable[[np.ndarray, np.ndarray], str]]:
         "surface-distance: HD95, NSD": _deepmind,
         "MONAI: HD95": monai_hd,
         "MONAI: NSD": monai_nsd,
+        "medpy: HD95 of one organ alone": lambda p, r: _text([medpy.hd95(p == 2, r == 2, SPACING)]),
+        "SimpleITK: HD of one organ alone": _sitk_hausdorff,
+        "panoptica: Dice, IoU, ASSD, HD, HD95": lambda p, r: _text(_panoptica(p, r, SPACING)),
     }
 
 
@@ -132,7 +164,7 @@ def _overlap_rows() -> dict[str, Callable[[np.ndarray, np.ndarray], str]]:
 
 
 def agreement() -> None:
-    """Our three definitions beside the packages that use them, on one pair of masks."""
+    """Our definitions beside the packages that use them, on one pair of masks, and on instances."""
     rng = np.random.default_rng(1)
     field = ndimage.gaussian_filter(rng.standard_normal((40, 36, 20)), 3)
     a, b = field > 0, field + 0.03 * rng.standard_normal() + 0.3 * np.roll(field, 3, 1) > 0
@@ -140,15 +172,61 @@ def agreement() -> None:
     ours = {d: surface_scores(a, b, spacing, definition=d) for d in ("voxel", "pooled", "area")}  # type: ignore[arg-type]
     tensors = [torch.as_tensor(m)[None, None].float() for m in (a, b)]
     d = deepmind.compute_surface_distances(b, a, spacing)
-    monai = compute_hausdorff_distance(*tensors, include_background=True, spacing=spacing, percentile=95)
+    options = {"include_background": True, "spacing": spacing}
+    images = [sitk.GetImageFromArray(m.astype(np.uint8).T) for m in (a, b)]
+    for image in images:
+        image.SetSpacing(spacing)
+    hausdorff = sitk.HausdorffDistanceImageFilter()
+    hausdorff.Execute(*images)
+    hd95_of = compute_hausdorff_distance(*tensors, percentile=95, **options)
+    nsd_of = compute_surface_dice(*tensors, [1.0], **options)
+    p, r = components(a), components(b)
+    evaluator = Panoptica_Evaluator(InputType.UNMATCHED_INSTANCE, instance_matcher=NaiveThresholdMatching())
+    (panoptic,) = evaluator.evaluate(p, r, verbose=False).values()
+    pq = match_lesions(p, r, spacing).scores()
     rows = [
-        ("voxel", "MONAI", float(monai)),
-        ("pooled", "medpy", medpy.hd95(a, b, spacing)),
-        ("area", "surface-distance", deepmind.compute_robust_hausdorff(d, 95)),
+        ("HD, voxel", ours["voxel"].hd_mm, "SimpleITK", hausdorff.GetHausdorffDistance()),
+        ("HD95, voxel", ours["voxel"].hd95_mm, "MONAI", float(hd95_of)),
+        ("NSD at 1 mm, voxel", ours["voxel"].nsd, "MONAI", float(nsd_of)),
+        ("HD95, pooled", ours["pooled"].hd95_mm, "medpy", medpy.hd95(a, b, spacing)),
+        ("ASSD, pooled", ours["pooled"].assd_mm, "medpy", medpy.assd(a, b, spacing)),
+        (
+            "HD95, pooled",
+            ours["pooled"].hd95_mm,
+            "panoptica",
+            _panoptica(a.view(np.uint8), b.view(np.uint8), spacing)[0],
+        ),
+        ("HD95, area", ours["area"].hd95_mm, "surface-distance", deepmind.compute_robust_hausdorff(d, 95)),
+        ("NSD at 1 mm, area", ours["area"].nsd, "surface-distance", deepmind.compute_surface_dice_at_tolerance(d, 1.0)),
+        ("SQ", pq["sq"], "panoptica", panoptic.sq),
+        ("RQ", pq["rq"], "panoptica", panoptic.rq),
+        ("PQ", pq["pq"], "panoptica", panoptic.pq),
     ]
-    print("\n### HD95 (mm) by definition\n\n| definition | medseg | peer | value |\n| --- | --- | --- | --- |")
-    for name, peer, value in rows:
-        print(f"| {name} | {ours[name].hd95_mm:.5f} | {peer} | {value:.5f} |")
+    print("\n### Agreement\n\n| what | medseg | peer | value |\n| --- | --- | --- | --- |")
+    for name, value, peer, other in rows:
+        print(f"| {name} | {value:.5f} | {peer} | {other:.5f} |")
+
+
+def _lesion_rows() -> dict[str, Callable[[np.ndarray, np.ndarray], str]]:
+    """Components of all structures, matched by IoU."""
+
+    def ours(p: np.ndarray, r: np.ndarray) -> str:
+        grid = Geometry.from_parts(p.shape, SPACING)
+        sides = (LabelMap(a, grid) for a in (p, r))
+        return _text([row["pq"] for row in score_case("", *sides, surface=False, lesions=True)])
+
+    def panoptic(p: np.ndarray, r: np.ndarray) -> str:
+        values = []
+        for n in LABELS:
+            evaluator = Panoptica_Evaluator(
+                InputType.SEMANTIC, ConnectedComponentsInstanceApproximator(), NaiveThresholdMatching(),
+                instance_metrics=[Metric.DSC, Metric.IOU],
+            )  # fmt: skip
+            (found,) = evaluator.evaluate((p == n).view(np.uint8), (r == n).view(np.uint8), verbose=False).values()
+            values.append(found.pq)
+        return _text(values)
+
+    return {"medseg: lesions, and overlap": ours, "panoptica: PQ, Dice, IoU": panoptic}
 
 
 def _many(score: Callable[[np.ndarray, np.ndarray, tuple[float, ...]], object]) -> Callable[[list], str]:
@@ -167,13 +245,15 @@ def small(folder: Path) -> dict[str, Measurement]:
             deepmind.compute_robust_hausdorff(deepmind.compute_surface_distances(r == n, p == n, s), 95) for n in (1, 2)
         ],
         "medpy: HD95": lambda p, r, s: [medpy.hd95(p == n, r == n, s) for n in (1, 2)],
+        "panoptica: Dice, IoU, ASSD, HD, HD95": lambda p, r, s: _panoptica(p, r, s),
         "MONAI: HD95": lambda p, r, s: compute_hausdorff_distance(
             *(torch.stack([torch.as_tensor(a == n) for n in (1, 2)])[None].float() for a in (p, r)),
             include_background=True, spacing=s, percentile=95,
         ),
     }  # fmt: skip
     pairs = small_pairs(folder)
-    return {name: measure(lambda score=score: _many(score)(pairs)) for name, score in rows.items()}
+    repeats = {name: 3 if name.startswith("medseg") else 1 for name in rows}
+    return {n: measure(lambda score=score: _many(score)(pairs), repeats=repeats[n]) for n, score in rows.items()}
 
 
 def main() -> None:
@@ -184,10 +264,12 @@ def main() -> None:
     tables = (
         ("Overlap, 6 classes, 512 x 512 x 256, one thread (note: Dice)", _overlap_rows()),
         ("Surface, 5 organs, 512 x 512 x 256, one thread (note: HD95, mm)", _surface_rows()),
+        ("Lesions, 5 structures, 512 x 512 x 256, one thread (note: PQ)", _lesion_rows()),
     )
     maps = pair()
     for title, rows in tables:
-        measured = {name: measure(lambda run=run: run(*maps)) for name, run in rows.items()}
+        repeats = {name: 3 if name.startswith("medseg") else 1 for name in rows}
+        measured = {name: measure(lambda run=run: run(*maps), repeats=repeats[name]) for name, run in rows.items()}
         show(title, measured, next(iter(rows)))
     if len(sys.argv) > 1:
         rows = small(Path(sys.argv[1]))
