@@ -81,7 +81,8 @@ class TrainOptions(Record):
     out: Path = Field(description="run folder")
     model: str | None = Field(None, description="a name of MODELS; as the images are when not given")
     fold: Annotated[int, Field(ge=0)] | Literal["all", "none"] = Field(
-        0, description="which fold is held out for validation; all trains one after the other, none holds out no case"
+        0,
+        description="the fold held out for validation; all: each in turn, minutes are of one; none: no case is held out",
     )
     folds: int | None = Field(None, ge=2, description="number of folds; 5, or as many as there are patients if fewer")
     split_seed: int = Field(12345, ge=0, description="of the shuffle that makes the folds; nnU-Net's by default")
