@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 from scipy.spatial.distance import cdist
+from skimage import measure
 
 from medseg import metrics, surface
 
@@ -68,6 +69,40 @@ def test_surface_scores_equal_brute_force(shape, spacing, seed, tolerance, fortr
         assert got.hd95_mm == pytest.approx(squeezed[definition], abs=1e-4)
         assert got.assd_mm == pytest.approx(squeezed["assd"], abs=1e-4)
         assert got.nsd == pytest.approx(squeezed["nsd"], abs=1e-12)
+
+
+def brute_elements(mask: np.ndarray, spacing: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """(N, 3) positions in mm of the cells between voxels that the mesh of a mask runs through, and its area in each."""
+    vertices, faces, _, _ = measure.marching_cubes(np.pad(mask, 1).astype(np.float32), 0.5 + 1e-6, spacing=spacing)
+    corners = vertices[faces]
+    areas = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1) / 2
+    cells: dict[tuple[float, ...], float] = {}
+    for cell, area in zip(np.floor(corners.mean(1) / spacing).tolist(), areas.tolist(), strict=True):
+        cells[tuple(cell)] = cells.get(tuple(cell), 0) + area
+    return (np.array(list(cells)) + 0.5) * spacing, np.array(list(cells.values()))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.tuples(st.integers(3, 8), st.integers(2, 9), st.integers(2, 6)), spacings, st.integers(0, 10_000))
+def test_area_scores_equal_brute_force(shape, spacing, seed):
+    p, r = blobs(np.random.default_rng(seed), shape)
+    if not p.any() or not r.any():
+        return
+    (x, w), (y, v) = brute_elements(p, spacing), brute_elements(r, spacing)
+    d = cdist(x, y)
+    a, b = d.min(1), d.min(0)
+    got = metrics.surface_scores(p, r, spacing, tolerance_mm=1.5, definition="area")
+    assert got.hd_mm == pytest.approx(max(a.max(), b.max()), abs=1e-4)
+    assert got.assd_mm == pytest.approx((a @ w + b @ v) / (w.sum() + v.sum()), abs=1e-4)
+    assert got.nsd == pytest.approx((w[a <= 1.5001].sum() + v[b <= 1.5001].sum()) / (w.sum() + v.sum()), abs=1e-5)
+    ends = []
+    for share in (0.95 - 1e-5, 0.95 + 1e-5):  # where the share falls between two elements, either is right
+        sides = []
+        for values, weights in ((a, w), (b, v)):
+            order = np.argsort(values)
+            sides.append(values[order][np.searchsorted(np.cumsum(weights[order]), share * weights.sum())])
+        ends.append(max(sides))
+    assert ends[0] - 1e-4 <= got.hd95_mm <= ends[1] + 1e-4
 
 
 @pytest.mark.parametrize("definition", ["voxel", "pooled", "area"])
