@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import resource
 import signal
 import sys
 import threading
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from lightning_fabric import Fabric
 from rich.console import Console
@@ -37,6 +37,9 @@ from medseg.patches import draw_batch
 from medseg.prepared import PreparedCase
 from medseg.run import Run, write_json
 from medseg.scoring import Scoring, mean
+
+if sys.platform != "win32":
+    import resource
 
 __all__ = ["Learner", "memory_format"]
 
@@ -281,9 +284,8 @@ class Learner:
         flat = _flat_since(self.history)
         if flat < 0.7:
             log.info("validation IoU changed by less than %g since %.0f %% of the training", PLATEAU, 100 * flat)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.device)
+        on_gpu = self.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else _peak_bytes()
         facts = {
             "steps": self.step,
             "epochs": self.step / self.epoch_steps,
@@ -356,6 +358,13 @@ def _flat_since(history: Sequence[dict[str, float]]) -> float:
             break
         flat = entry["progress"]
     return flat
+
+
+def _peak_bytes() -> int:
+    """Most memory that this process had at a time."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _over_processes(values: Tensor) -> Tensor:
