@@ -208,7 +208,7 @@ def test_comparison_is_in_the_json(world: Path, tmp_path: Path) -> None:
     common = ("evaluate", tmp_path / "right", tmp_path / "reference", "--json")
     alone = json.loads(medseg_command(*common).stdout)
     both = json.loads(medseg_command(*common, "--compare", tmp_path / "wrong").stdout)
-    assert {key: both[key] for key in ("cases", "summary")} == alone
+    assert {key: both[key] for key in ("cases", "settings", "summary")} == alone
     wrong = json.loads(medseg_command("evaluate", tmp_path / "wrong", tmp_path / "reference", "--json").stdout)
     for row in both["comparison"]:
         dice = [r["dice"] for r in wrong["cases"] if r["structure"] == row["structure"]]

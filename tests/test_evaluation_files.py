@@ -285,7 +285,10 @@ def test_runs_are_compared_and_ranked(folders):
     found = evaluate_json(folders / "q", folders / "r", "--compare", folders / "p", folders / "r")
     assert [r["run"] for r in found["ranking"]] == [str(folders / "r"), str(folders / "p"), "this"]
     assert [r["place"] for r in found["ranking"]] == [1, 2, 3]
-    assert all(c["difference"] < 0 for c in found["comparison"][str(folders / "p")])
+    assert [(c["run"], c["structure"]) for c in found["comparison"]] == [
+        (str(folders / run), structure) for run in "pr" for structure in ("liver", "spleen")
+    ]
+    assert all(c["difference"] < 0 for c in found["comparison"])
     text, _ = medseg_command(
         "evaluate", folders / "q", folders / "r", "--compare", folders / "p", "--out", folders / "out"
     )

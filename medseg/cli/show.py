@@ -53,7 +53,8 @@ def show_evaluation(evaluation: Any, json: bool, others: Mapping[str, Any] | Non
     comparisons = {name: medseg.statistics.compare(other, evaluation) for name, other in others.items()}
     ranks = medseg.statistics.rank({"this": evaluation, **others}) if others else []
     if json:
-        more = {"comparison": {name: _plain(own) for name, own in comparisons.items()}, "ranking": _plain(ranks)}
+        pairs = [{"run": name, **row} for name, own in comparisons.items() for row in _plain(own)]
+        more = {"comparison": pairs, "ranking": _plain(ranks)}
         print_json({**loads(evaluation.to_json()), **(more if others else {})})
         return
     _print_summary(evaluation)

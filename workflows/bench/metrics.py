@@ -68,7 +68,7 @@ def small_pairs(folder: Path, count: int = 50) -> list[tuple[np.ndarray, np.ndar
     for path in sorted(p for p in (folder / "labelsTr").glob("*.nii.gz") if not p.name.startswith("."))[:count]:
         labels = read_labels(path)
         noise = ndimage.gaussian_filter(rng.standard_normal(labels.geometry.shape), 2)
-        moved = np.where(noise > 0.12, np.roll(labels.array, 1, 0), labels.array)
+        moved = np.where(noise > 0.05, np.roll(labels.array, 1, 0), labels.array)
         pairs.append((moved.astype(np.uint8), labels.array, labels.geometry.spacing))
     return pairs
 
