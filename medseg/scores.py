@@ -28,6 +28,7 @@ DIFFERENCES = ("volume_difference_mm3", "volume_difference")
 COLUMNS = ("case", "structure", "label", *METRICS[:4], *VOLUMES, *METRICS[4:], *DIFFERENCES, "error")
 OVER_STRUCTURES = "mean"
 RESAMPLES, SEED = 2000, 0
+DRAWS_AT_ONCE = 100  # of the bootstrap, so that its memory is that of a few numbers per case
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,17 +179,13 @@ def _bootstrap(values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArra
     mean over structures. Cases are drawn with replacement, all structures of a case together; O(draws x cases x S).
     """
     cases = len(values)
-    weights = np.ones((1, cases))
-    if cases:
-        drawn = np.random.default_rng(SEED).multinomial(cases, np.full(cases, 1 / cases), RESAMPLES)
-        weights = np.concatenate([weights, drawn])
     defined = np.isfinite(values)
-    count = weights @ defined
-    with np.errstate(invalid="ignore", divide="ignore"):
-        means = (weights @ np.where(defined, values, 0)) / np.where(count > 0, count, np.nan)
-        seen = np.isfinite(means)
-        over = np.where(seen, means, 0).sum(1, keepdims=True) / np.where(seen.any(1), seen.sum(1), np.nan)[:, None]
-    means = np.concatenate([means, over], axis=1)
+    generator = np.random.default_rng(SEED)
+    parts = [_weighted_means(values, defined, np.ones((1, cases)))]
+    for draws in (DRAWS_AT_ONCE,) * (RESAMPLES // DRAWS_AT_ONCE) if cases else ():
+        weights = generator.multinomial(cases, np.full(cases, 1 / cases), draws)
+        parts.append(_weighted_means(values, defined, weights))
+    means = np.concatenate(parts)
     low, high = np.full((2, means.shape[1]), np.nan)
     for s in range(means.shape[1]):
         enough = (defined.any(axis=1) if s == values.shape[1] else defined[:, s]).sum() > 1
@@ -196,6 +193,16 @@ def _bootstrap(values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArra
         if enough:
             low[s], high[s] = np.percentile(draws, (2.5, 97.5))
     return means[0], low, high
+
+
+def _weighted_means(values: NDArray[Any], defined: NDArray[Any], weights: NDArray[Any]) -> NDArray[Any]:
+    """Means (W, S + 1) of values (cases, S) by weights (W, cases); the last column is the mean over structures."""
+    count = weights @ defined
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = (weights @ np.where(defined, values, 0)) / np.where(count > 0, count, np.nan)
+        seen = np.isfinite(means)
+        over = np.where(seen, means, 0).sum(1, keepdims=True) / np.where(seen.any(1), seen.sum(1), np.nan)[:, None]
+    return np.concatenate([means, over], axis=1)
 
 
 def _without_nan(value: Any) -> Any:
