@@ -186,6 +186,10 @@ def report_of_evaluation(
     write_report(path, sections, title=title, force=force)
 
 
+def _are_instances(evaluation: Evaluation) -> bool:
+    return bool(evaluation.settings.get("lesions", {}).get("instances", False))
+
+
 def _rules(evaluation: Evaluation) -> list[Block]:
     """How distances were measured, in words."""
     how = evaluation.settings
@@ -217,9 +221,10 @@ def _lesion_tables(evaluation: Evaluation) -> list[Block]:
         if row["note"] or row["outcome"] in ("missed", "false positive")
     ]  # fmt: skip
     head = ["case", "structure", "lesion", "volume (mm³)", "centre (RAS, mm)", "outcome", "merges and splits"]
-    blocks: list[Block] = [Table("Lesions: means per case", ["structure", *LESIONS.values()], means, is_open=True)]
+    what = "Instances" if _are_instances(evaluation) else "Lesions"
+    blocks: list[Block] = [Table(f"{what}: means per case", ["structure", *LESIONS.values()], means, is_open=True)]
     if told:
-        blocks.append(Table("Lesions missed, made up, merged or split", head, told))
+        blocks.append(Table(f"{what} missed, made up, merged or split", head, told))
     return blocks
 
 
@@ -260,6 +265,7 @@ def _case_pictures(
     evaluation: Evaluation, prediction: Sources, reference: Sources, image: Images | None, resample: bool
 ) -> tuple[list[Block], dict[str, tuple[int, int, int]]]:
     """Pictures of the worst and the median cases, and the colours of the structures in them."""
+    instances = _are_instances(evaluation)
     ordered = [(case, value) for case, value in worst_cases(evaluation) if np.isfinite(value)]
     pairs = case_pairs(prediction, reference)
     chosen = {case: f"number {n} from the worst" for n, (case, _) in enumerate(ordered[:WORST], 1)}
@@ -269,7 +275,7 @@ def _case_pictures(
     colors: dict[str, tuple[int, int, int]] = {}
     scores = dict(ordered)
     for case, why in chosen.items():
-        names = {row["label"]: row["structure"] for row in evaluation.rows if row["case"] == case}
+        names = {} if instances else {r["label"]: r["structure"] for r in evaluation.rows if r["case"] == case}
         p, r = (_named(side, names) for side in aligned_pair(case, *read_pair(*pairs[case]), resample))
         colors.update({s.name: s.color for s in (*p.structures, *r.structures)})
         scan = _scan(image, case, r)

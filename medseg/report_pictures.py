@@ -355,7 +355,9 @@ def _legend(figure: Figure, structures: Sequence[Structure], has_reference: bool
             width(figure.text(end, y, "solid: prediction   dashed: reference", color=GREY, fontsize=8, ha="right"))
             + 0.02
         )
-    room = 0.08  # for the count of names that did not fit
+    count = figure.text(x, y, f"and {len(structures)} more", fontsize=8)  # of names that did not fit
+    room = width(count) + 0.014
+    count.remove()
     for n, s in enumerate(structures):
         name = s.name if len(s.name) <= 28 else s.name[:27] + "…"
         text = figure.text(x, y, f"■ {name}", color=[c / 255 for c in s.color], fontsize=8)
