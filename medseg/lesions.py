@@ -26,7 +26,6 @@ from medseg.matching import (
 )
 
 __all__ = [
-    "LESION_COLUMNS",
     "LesionMatch",
     "Lesions",
     "Pair",
@@ -42,10 +41,6 @@ Array = NDArray[Any]
 Rule = Literal["iou", "optimal", "overlap"]
 MOSTLY = 0.5  # a lesion lies in another when more than this share of its voxels does
 SIZES_MM3 = (10.0, 100.0, 1000.0)
-LESION_COLUMNS = (
-    "lesions", "reference_lesions", "lesions_found", "lesions_missed", "false_positives", "lesion_f1",
-    "lesion_sensitivity", "lesion_precision", "sq", "rq", "pq", "ap50", "ap75", "ap", "merges", "splits",
-)  # fmt: skip
 AP_IOUS = tuple(n / 100 for n in range(50, 100, 5))
 
 
@@ -154,7 +149,7 @@ class LesionMatch:
         return {**detection([self]), **sizes}
 
     def by_size(self) -> list[dict[str, float]]:
-        """Sensitivity by size of the reference lesion: as :func:`detection` has it under "by_size"."""
+        """Sensitivity by size of the reference lesion: see :func:`sensitivity_by_size`."""
         return sensitivity_by_size([self])
 
 
@@ -362,15 +357,15 @@ def lesion_rows(match: LesionMatch, affine: Array) -> list[dict[str, Any]]:
     for pair in match.pairs:
         partners.setdefault(("reference", pair.reference), []).append((pair.prediction, pair.iou))
         partners.setdefault(("prediction", pair.prediction), []).append((pair.reference, pair.iou))
-    notes: dict[tuple[str, int], str] = {}
+    notes: dict[tuple[str, int], list[str]] = {}
     for one, several, verb, side, other in (
         *((n, m, "merges", "prediction", "reference") for n, m in match.merges.items()),
         *((n, m, "is split into", "reference", "prediction") for n, m in match.splits.items()),
     ):
-        notes[side, one] = f"{verb} {other} {', '.join(map(str, several))}"
+        notes.setdefault((side, one), []).append(f"{verb} {other} {', '.join(map(str, several))}")
         for part in several:
             passive = "is merged with others in" if verb == "merges" else "is a part of the split"
-            notes[other, part] = f"{passive} {side} {one}"
+            notes.setdefault((other, part), []).append(f"{passive} {side} {one}")
     sides = (
         ("reference", match.reference, match.reference_centres, ("found", "missed")),
         ("prediction", match.prediction, match.prediction_centres, ("right", "false positive")),
@@ -383,6 +378,6 @@ def lesion_rows(match: LesionMatch, affine: Array) -> list[dict[str, Any]]:
             rows.append({
                 "side": side, "lesion": number, "volume_mm3": voxels * match.voxel_mm3, "x_mm": x, "y_mm": y, "z_mm": z,
                 "outcome": outcomes[not mates], "partners": " ".join(str(n) for n, _ in mates),
-                "iou": max((iou for _, iou in mates), default=0.0), "note": notes.get((side, number), ""),
+                "iou": max((iou for _, iou in mates), default=0.0), "note": "; ".join(notes.get((side, number), [])),
             })  # fmt: skip
     return rows
