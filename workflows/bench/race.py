@@ -374,7 +374,7 @@ def run_nnunet(race: Race, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name in ("raw", "preprocessed", "results"):
         os.environ[f"nnUNet_{name}"] = str(out / name)
-    os.environ.setdefault("nnUNet_n_proc_DA", "0")
+    os.environ["nnUNet_" + "n_proc_DA"] = "1"
     os.environ["nnUNet_" + "compile"] = "false"
     name = "Dataset001_Race"
     raw = out / "raw" / name
@@ -400,13 +400,16 @@ def run_nnunet(race: Race, out: Path) -> None:
     extract_fingerprints([1], num_processes=2, check_dataset_integrity=False, clean=True)
     plan_experiments([1])
     preprocess([1], "nnUNetPlans", configurations=["3d_fullres"], num_processes=[2])
+    os.environ["nnUNet_" + "n_proc_DA"] = "0"  # augmentation in this process, on the cores that there are
     split = [{"train": [c.id for c in race.training], "val": [c.id for c in race.validation]}]
     folder = out / "preprocessed" / name
     (folder / "splits_final.json").write_text(json.dumps(split))
     trainer = timed_trainer()(
-        json.loads((folder / "nnUNetPlans.json").read_text()), "3d_fullres", 0,
+        {**json.loads((folder / "nnUNetPlans.json").read_text()), "continue_training": False}, "3d_fullres", 0,
         json.loads((folder / "dataset.json").read_text()), torch.device("cpu"),
     )  # fmt: skip
+    trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 10, 1
+    trainer.num_epochs, trainer.save_every, trainer.points = 100_000, 10**9, []
     trainer.end = begin + 60 * race.minutes
     trainer.race_begin = begin
     trainer.run_training()
@@ -427,11 +430,7 @@ def timed_trainer() -> type:
         end: float
         race_begin: float
 
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options)
-            self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 10, 1
-            self.num_epochs, self.save_every = 100_000, 10**9
-            self.points: list[list[float]] = []
+        points: list[list[float]]
 
         def on_train_epoch_start(self) -> None:
             super().on_train_epoch_start()
