@@ -79,17 +79,23 @@ class TrainOptions(Record):
     """
 
     out: Path = Field(description="run folder")
-    model: str | None = Field(None, description="a name of MODELS; as the images are when not given")
+    model: str | None = Field(
+        None, description="unet2d, unet3d, unet2d-encoder, deeplabv3plus; as the images are when not given"
+    )
     fold: Annotated[int, Field(ge=0)] | Literal["all", "none"] = Field(
         0,
         description="the fold held out for validation; all: each in turn, minutes are of one; none: no case is held out",
     )
     folds: int | None = Field(None, ge=2, description="number of folds; 5, or as many as there are patients if fewer")
     split_seed: int = Field(12345, ge=0, description="of the shuffle that makes the folds; nnU-Net's by default")
-    epochs: int | None = Field(None, ge=1, description="epochs; one epoch draws as many patches as there are cases")
+    epochs: int | None = Field(
+        None, ge=1, description="epochs; an epoch draws as many patches as there are cases, and at least 20 batches"
+    )
     minutes: float | None = Field(None, gt=0, description="time for everything: reading, training, validation")
     batch: int | None = Field(None, ge=1, description="patches per step; the plan's when not given")
-    accumulate: int = Field(1, ge=1, description="parts a batch is computed in, one after the other, to save memory")
+    accumulate: int = Field(
+        1, ge=1, description="parts a batch is computed in, to save memory; Dice is then of each part"
+    )
     channel_dropout: float = Field(
         0.0, ge=0, lt=1, description="chance that a channel of several is left out, for predictions without it"
     )
@@ -110,6 +116,7 @@ class TrainOptions(Record):
         None, description="start from the weights of this run, of this file for the encoder, or of imagenet"
     )
     freeze: bool = Field(False, description="keep the encoder as it starts")
+    cache: Path | None = Field(None, description="folder of preprocessed cases to use and keep, shared by trainings")
     device: str = Field("auto", description="where to compute: auto, cpu, cuda or cuda:n")
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = Field(
         "auto", description="that of the plan by default"

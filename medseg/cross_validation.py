@@ -83,6 +83,10 @@ def train_folds(config: TrainConfig, plan: Plan | None = None) -> Run:
     -----
     Cases are preprocessed once, before the first fold starts. Children write to ``OUT/foldK.log``.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "folds must be trained from one process, got several of torchrun; start medseg train --fold all alone"
+        )
     dataset = dataset_of(config)
     cases = tuple(c for c in dataset.cases if c.label is not None)
     groups = len({c.group for c in cases})

@@ -192,8 +192,8 @@ def fit_memory(network: Network, spacing: Sequence[float], precision: str, memor
         smaller = _smaller(small, spacing)
         if smaller is None:
             raise ValueError(
-                f"memory must hold a training step of {small.training_bytes(precision) / 1e6:.0f} MB, the least for "
-                f"these images, got {memory / 1e6:.0f} MB for it; give more memory"
+                f"memory must leave {small.training_bytes(precision) / 1e6:.1f} MB for a training step beside the program "
+                f"itself, the least for these images, got {memory / 1e6:.1f} MB; give more"
             )
         small = smaller
     by = " x "

@@ -187,7 +187,7 @@ def run_sections(run: Any) -> list[Section]:
         colors = {s["name"]: tuple(s["color"]) for s in (plan or {}).get("structures", ())}
         sections.append(Section("Validation", metrics_blocks(metrics, colors)))
     if history:
-        best = max((row.get("iou", 0.0) for row in history), default=0.0)
+        best = max((row.get("iou") or 0.0 for row in history), default=0.0)
         caption = f"Training loss, and mean IoU of whole validation cases: {best:.3f} at best."
         sections.append(
             Section("Training", [Picture(curve_picture(history), caption, f"Curves of loss and IoU. {caption}")])

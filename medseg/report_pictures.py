@@ -159,7 +159,13 @@ def curve_picture(history: Sequence[Mapping[str, float]]) -> bytes:
     ax.set(xlabel=unit, ylabel="training loss")
     if any("iou" in row for row in history):
         other = ax.twinx()
-        lines += _line(other, times, [float(row.get("iou", np.nan)) for row in history], "validation IoU", "#2f86d6")
+        lines += _line(
+            other,
+            times,
+            [float(np.nan if row.get("iou") is None else row["iou"]) for row in history],
+            "validation IoU",
+            "#2f86d6",
+        )
         other.set(ylabel="validation IoU", ylim=(0, 1))
         _quiet(other)
     _quiet(ax)

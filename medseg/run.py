@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,10 +25,16 @@ from medseg.models.network import SegmentationNetwork
 from medseg.plan import FORMAT, Plan
 from medseg.scores import Evaluation
 
-__all__ = ["Run", "environment"]
+__all__ = ["Run", "environment", "is_run_file"]
 
 WEIGHTS = "weights.safetensors"
 CHECKPOINTS = ("checkpoint.safetensors", "checkpoint.previous.safetensors")  # the last and the one before it
+
+FILES = re.compile(  # and folders that medseg writes into a run, or into the folder of a cross-validation
+    r"(config|plan|validation|environment|history|training|transfer|metrics|postprocessing|crf|ensemble)\.json"
+    r"|weights\.safetensors|checkpoint\.(previous\.|next\.)?safetensors|(metrics|lesions)\.csv|report\.html"
+    r"|cache|tensorboard|predictions|fold\d+(\.log)?|\.medseg.*"
+)
 
 log = logging.getLogger("medseg")
 
@@ -162,6 +169,11 @@ class Run:
         if problems:
             raise ValueError(f"checkpoint must be whole, got a damaged {'; '.join(problems)}; train anew with --force")
         raise FileNotFoundError(f"run must hold {CHECKPOINTS[0]} to be resumed, got none in {self.path}")
+
+
+def is_run_file(name: str) -> bool:
+    """Whether a name in a folder is one that medseg gives to what it writes into a run."""
+    return FILES.fullmatch(name) is not None
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:

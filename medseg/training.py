@@ -10,11 +10,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy
 from rich.console import Console
 from rich.progress import Progress
 
@@ -27,7 +29,7 @@ from medseg.learner import Learner
 from medseg.plan import Plan, make_plan, smaller_plan, united
 from medseg.prepared import PreparedCase, prepare
 from medseg.report import report_of_run
-from medseg.run import Run, write_json
+from medseg.run import Run, is_run_file, write_json
 from medseg.scoring import Scoring
 from medseg.transfer import initialise, plan_of, with_architecture_of
 from medseg.validation import choose_postprocessing
@@ -52,7 +54,8 @@ def train(config: TrainConfig, plan: Plan | None = None, *, cache: Path | None =
     plan : Plan, optional
         A plan to use instead of ``config.plan`` or of planning.
     cache : Path, optional
-        Folder of preprocessed cases that is used and kept; by default one inside the run, removed at the end.
+        Folder of preprocessed cases that is used and kept, instead of ``config.cache``; without either one inside the
+        run, removed at the end.
 
     Returns
     -------
@@ -80,24 +83,32 @@ def train(config: TrainConfig, plan: Plan | None = None, *, cache: Path | None =
         else:
             run = Run.open(config.out)
         cases = list({c.id: c for c in (*training, *validation)}.values())
-        prepared = prepared_cases(run, cases, cache or run.path / "cache", config.workers, processes.is_global_zero)
+        folder = cache or config.cache or run.path / "cache"
+        prepared = prepared_cases(run, cases, folder, config.workers, processes.is_global_zero)
     config = run.config.model_copy(update={"resume": config.resume})
     with _deterministic(config.deterministic):
         precision = run.plan.precision if config.precision == "auto" else config.precision
         fabric = _fabric(device, precision)
         scores = Scoring(fabric, validation, [prepared[c.id] for c in validation])
         learner = Learner(
-            run, config, fabric, _network(run, config, fabric), [prepared[c.id] for c in training], scores, started
+            run,
+            config,
+            fabric,
+            precision,
+            _network(run, config, fabric),
+            [prepared[c.id] for c in training],
+            scores,
+            started,
         )
         with _memory_explained(run, str(device)):
             learner.fit()
-        _finish(run, fabric, scores)
+        _finish(run, fabric, precision, scores)
         if fabric.is_global_zero and training != validation:
             left = 60 * config.minutes - learner.elapsed_s if config.minutes else math.inf
             log.info("postprocessing %s", choose_postprocessing(run, str(fabric.device), seconds=left).reason)
     fabric.barrier()
-    if cache is None and fabric.is_global_zero:
-        shutil.rmtree(run.path / "cache")
+    if folder == run.path / "cache" and fabric.is_global_zero:
+        shutil.rmtree(folder)
     return run
 
 
@@ -138,8 +149,10 @@ def require_fresh(config: TrainConfig) -> None:
         raise FileExistsError(f"run folder must be a folder, got the file {out}; use another --out")
     if not out.exists() or not any(out.iterdir()):
         return
-    if not (out / "plan.json").is_file():
-        raise FileExistsError(f"run folder must be new or a former run, got {out} with other files; use another --out")
+    foreign = [p.name for p in out.iterdir() if not is_run_file(p.name)]
+    if foreign or not all((out / name).is_file() for name in ("config.json", "plan.json", "validation.json")):
+        found = ", ".join(sorted(foreign)[:3]) or "parts of one alone"
+        raise FileExistsError(f"run folder must be new or a former run, got {out} with {found}; use another --out")
     if not config.force:
         raise FileExistsError(f"run folder must be new, got {out}; use --resume, --force or another --out")
     if config.dataset.resolve().is_relative_to(out.resolve()):
@@ -189,18 +202,21 @@ def planned(config: TrainConfig, dataset: Dataset, cases: tuple[Case, ...], devi
 def resumed(config: TrainConfig, plan: Plan | None, validation: list[str]) -> Run:
     """The run to go on with; only its length and what does not change its result may differ from before."""
     run = Run.open(config.out)
-    free = {"epochs", "minutes", "device", "resume", "force", "workers", "out", "dataset", "precision", "memory"}
+    free = {"epochs", "minutes", "device", "resume", "force", "workers", "out", "dataset", "precision", "plan", "cache"}
     for name in type(config).model_fields:
         old, new = getattr(run.config, name), getattr(config, name)
-        if name not in free and new != old and not (name in ("model", "plan", "init") and new is None):
+        if name not in free and new != old and not (name in ("model", "init") and new is None):
             raise ValueError(f"{name} must stay {old!r} in a resumed run, got {new!r}")
+    plan = plan or (Plan.load(config.plan) if config.plan else None)
     if plan is not None and plan != run.plan:
         raise ValueError(f"plan must stay that of {config.out} in a resumed run, got another")
     if run.validation_ids() != validation:
         raise ValueError(
             f"validation cases must stay the same in a resumed run, got others from {config.dataset}; train anew"
         )
-    kept: dict[str, Any] = {"init": run.config.init, "precision": run.config.precision}
+    kept: dict[str, Any] = {"init": run.config.init, "plan": run.config.plan}
+    if config.precision == "auto":
+        kept["precision"] = run.config.precision
     if config.epochs is None and config.minutes is None:
         kept |= {"epochs": run.config.epochs, "minutes": run.config.minutes}
     config = config.model_copy(update=kept)
@@ -239,10 +255,14 @@ def _fabric(device: torch.device, precision: Any = "32-true") -> Fabric:
         devices: Any = [device.index or 0] if device.type == "cuda" else 1
         return Fabric(accelerator=device.type, devices=devices, precision=precision)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    by_fabric = os.environ.get("LT_CLI_USED") == "1"  # ``fabric run`` chooses the strategy and launches by itself
+    # The others wait while the first plans and reports.
+    strategy: Any = "auto" if by_fabric else DDPStrategy(timeout=timedelta(days=1))
     fabric = Fabric(
-        accelerator=device.type, devices=local, num_nodes=world // local, strategy="ddp", precision=precision
+        accelerator=device.type, devices=local, num_nodes=world // local, strategy=strategy, precision=precision
     )
-    fabric.launch()
+    if not by_fabric:
+        fabric.launch()
     return fabric
 
 
@@ -281,21 +301,21 @@ def _deterministic(wanted: bool) -> Iterator[None]:
 # After the last step
 
 
-def _finish(run: Run, fabric: Fabric, validation: Scoring) -> None:
+def _finish(run: Run, fabric: Fabric, precision: str, validation: Scoring) -> None:
     """Score the best weights on all validation cases, and report."""
     device = str(fabric.device)
     fabric.barrier()  # the weights are written
-    predictor = replace(Predictor.load(run, device, raw=True), precision=fabric._precision.precision)
+    predictor = replace(Predictor.load(run, device, raw=True), precision=precision)
     every = range(len(validation.cases))
     with _bar("validation", len(every), hidden=not fabric.is_global_zero) as update:
-        rows = validation.score(predictor, every, surface=True, progress=update)
+        rows = validation.score(predictor, every, keep=run.path / "predictions", progress=update)
     if not fabric.is_global_zero:
         return
     evaluation = Evaluation(tuple(rows))
     evaluation.write(run.path, force=True)
-    report_of_run(run, pictures=validation.pictures(predictor, rows))
+    report_of_run(run, pictures=validation.pictures(run.plan, rows, run.path / "predictions"))
     log.info(
-        "validation of %d cases: mean IoU %.3f, mean Dice %.3f",
+        "validation of all %d: mean IoU %.3f, mean Dice %.3f",
         len(every), evaluation.mean("iou"), evaluation.mean("dice"),
     )  # fmt: skip
 

@@ -23,7 +23,8 @@ from medseg.inference import Predictor, load_image
 from medseg.plan import Plan, StructurePlan
 from medseg.postprocessing import Components, Postprocessing, choose_filter, find_components
 from medseg.run import Run
-from medseg.scoring import planned_reference
+from medseg.scoring import read_reference_of
+from medseg.targets import known_structures, numbered_by_name, planned_labels, values_present
 from medseg.temperature import fit_temperature, negative_log_likelihood, tempered
 from medseg.volume import LabelMap, Volume
 
@@ -62,8 +63,12 @@ class HeldOut:
         return load_image([path for path in self.case.images if path is not None])
 
     @cached_property
+    def _labels(self) -> LabelMap:
+        return numbered_by_name(read_reference_of(self.case), self.plan)
+
+    @cached_property
     def _planned(self) -> tuple[LabelMap, Array | None]:
-        return planned_reference(self.case, self.plan)
+        return planned_labels(self._labels, self.plan)
 
     @property
     def reference(self) -> LabelMap:
@@ -79,10 +84,14 @@ class HeldOut:
             raise ValueError(f"prediction must give probabilities, got none for {self.case.id}")
         return labels, soft
 
+    @cached_property
+    def _known(self) -> dict[int, bool]:
+        answers = known_structures(self.plan, self.case.unknown, values_present(self._labels))
+        return {s.number: known for s, known in zip(self.plan.structures, answers, strict=True)}
+
     def known(self, structure: StructurePlan) -> bool:
-        """Whether the structure was drawn in this case: none of its labels is unknown, or it is there all the same."""
-        unknown = set(structure.values) & set(self.case.unknown)
-        return not unknown or (len(structure.values) == 1 and bool(self.truth(structure).any()))
+        """Whether the structure was drawn in this case, by the rule of the training."""
+        return self._known[structure.number]
 
     def truth(self, structure: StructurePlan) -> Array:
         """(I, J, K) bool mask of a structure in the reference."""

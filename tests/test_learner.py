@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import medseg
-from medseg import learner
+from medseg import learner, pace
 from medseg.config import TrainConfig
 from medseg.run import Run
 
@@ -102,8 +102,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_it(
     step = learner.Learner._train_step
 
     def stopped(self: learner.Learner, batch: learner.Batch, progress: float) -> float:
-        if self.step == 25:
-            raise KeyboardInterrupt
+        self.stop_asked = self.step == 24
         return step(self, batch, progress)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -129,6 +128,70 @@ def test_two_processes_do_what_one_does(whole: Run, dataset: Path, tmp_path: Pat
     assert facts["processes"] == 2
     assert [r["case"] for r in both.evaluation().rows] == [r["case"] for r in whole.evaluation().rows]
     assert both.evaluation().mean("dice") == pytest.approx(whole.evaluation().mean("dice"), abs=0.02)
+
+
+@pytest.mark.parametrize("launcher", ["torch.distributed.run", "fabric"])
+def test_processes_agree_on_the_clock(dataset: Path, tmp_path: Path, launcher: str) -> None:
+    """With minutes all go by the clock of the first: a validation that one begins and another does not would hang."""
+    file = tmp_path / "script.py"
+    text = script(dataset, tmp_path / "run").replace("epochs=2", "minutes=0.15")
+    slow = """
+draw = learner.draw_batch
+def slowly(*given):
+    import os, time
+    time.sleep(0.03 * int(os.environ["RANK"]))
+    return draw(*given)
+learner.draw_batch = slowly
+"""
+    file.write_text(text.replace("learner.CHECKPOINT_S = 0.0", slow))
+    command = [sys.executable, "-m", launcher, "--standalone", "--nproc-per-node", "2", str(file)]
+    if launcher == "fabric":
+        code = "from lightning_fabric.cli import _main; _main()"
+        command = [sys.executable, "-c", code, "run", "--accelerator", "cpu", "--devices", "2", "--strategy", "ddp"]
+        command.append(str(file))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert Run.open(tmp_path / "run").evaluation().rows
+    assert json.loads((tmp_path / "run" / "training.json").read_text())["processes"] == 2
+
+
+def test_stopped_in_the_last_validation_it_is_made_again(whole: Run, dataset: Path, tmp_path: Path) -> None:
+    score = learner.Scoring.score
+
+    def stopped(self: learner.Scoring, predictor: object, indices: list[int], **given: object) -> object:
+        if len(calls) == 9:
+            given["progress"].__closure__[0].cell_contents.stop_asked = True  # type: ignore[attr-defined]
+        calls.append(1)
+        return score(self, predictor, indices, **given)  # type: ignore[arg-type]
+
+    calls: list[int] = []
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(learner.Scoring, "score", stopped)
+        medseg.train(config(dataset, tmp_path / "run"), tiny.plan())
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    same_state(whole, medseg.train(config(dataset, tmp_path / "run", resume=True)))
+
+
+def test_scores_that_are_not_defined_still_leave_weights(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learner, "mean", lambda _: float("nan"))
+    run = medseg.train(config(dataset, tmp_path / "run", epochs=1), tiny.plan())
+    assert (run.path / "weights.safetensors").is_file()
+
+
+def test_a_validation_that_does_not_fit_the_time_is_left_out(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(learner.Scoring, "windows", lambda self, plan: [100_000] * len(self.cases))
+    with caplog.at_level(logging.WARNING):
+        run = medseg.train(config(dataset, tmp_path / "run", epochs=None, minutes=0.2), tiny.plan())
+    assert "validating all cases at the end will take about" in caplog.text
+    assert not (run.path / "history.json").exists()
+    assert run.evaluation().rows
+    facts = json.loads((run.path / "training.json").read_text())
+    assert facts["minutes"] < 0.2
 
 
 def test_parts_of_a_batch_take_less_memory_and_nearly_the_same_step(dataset: Path, tmp_path: Path) -> None:
@@ -248,8 +311,8 @@ def test_start_from_another_run_with_a_frozen_encoder(whole: Run, dataset: Path,
 
 def test_the_plateau_is_found() -> None:
     rise = [{"iou": v, "progress": p} for p, v in [(0.2, 0.5), (0.4, 0.8), (0.6, 0.799), (0.8, 0.8), (1.0, 0.8005)]]
-    assert learner._flat_since(rise) == 0.4
-    assert learner._flat_since([{"iou": v, "progress": p} for p, v in [(0.5, 0.5), (1.0, 0.6)]]) == 1.0
+    assert pace.flat_since(rise) == 0.4
+    assert pace.flat_since([{"iou": v, "progress": p} for p, v in [(0.5, 0.5), (1.0, 0.6)]]) == 1.0
 
 
 def test_settings_of_torch_are_put_back(dataset: Path, tmp_path: Path) -> None:

@@ -154,7 +154,10 @@ class TestMemory:
         assert "features from 32 to 8" in words or "features from 32 to 16" in words
 
     def test_too_little_for_anything(self) -> None:
-        with pytest.raises(ValueError, match=r"memory must hold a training step of 30\d MB, the least .* got 100 MB"):
+        with pytest.raises(
+            ValueError,
+            match=r"memory must leave 30\d.\d MB for a training step beside the program itself, the least .* got 100.0 MB",
+        ):
             fit_memory(network((40, 56, 40), (1, 1, 1)), (1, 1, 1), "32-true", 10**8)
 
 

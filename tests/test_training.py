@@ -96,8 +96,7 @@ def test_interrupted_training_resumes_to_the_same_weights(
     step = training.Learner._train_step
 
     def stopped(self: training.Learner, *given: object) -> float:
-        if self.step == 25:
-            raise KeyboardInterrupt
+        self.stop_asked = self.step == 24
         return step(self, *given)  # type: ignore[arg-type]
 
     monkeypatch.setattr(training.Learner, "_train_step", stopped)
@@ -176,13 +175,18 @@ class TestBadInput:
 
     def test_force_deletes_nothing_but_a_former_run(self, dataset: Path, tmp_path: Path) -> None:
         (tmp_path / "thesis.txt").write_text("years")
-        with pytest.raises(FileExistsError, match=r"must be new or a former run, got .* with other files"):
+        with pytest.raises(FileExistsError, match=r"must be new or a former run, got .* with thesis.txt"):
             medseg.train(config(dataset, tmp_path, force=True), tiny.plan())
         assert (tmp_path / "thesis.txt").read_text() == "years"
-        (tmp_path / "plan.json").write_text("{}")
-        tiny.write_dataset(tmp_path / "set")
+        for name in ("plan.json", "config.json", "validation.json"):  # of a run, or of medseg plan --out
+            (tmp_path / name).write_text("{}")
+        with pytest.raises(FileExistsError, match=r"must be new or a former run, got .* with thesis\.txt"):
+            medseg.train(config(dataset, tmp_path, force=True), tiny.plan())
+        tiny.write_dataset(tmp_path / "cache")
+        (tmp_path / "thesis.txt").rename(tmp_path / "cache" / "thesis.txt")
         with pytest.raises(FileExistsError, match="must not hold the data set"):
-            medseg.train(config(tmp_path / "set", tmp_path, force=True), tiny.plan())
+            medseg.train(config(tmp_path / "cache", tmp_path, force=True), tiny.plan())
+        (tmp_path / "cache" / "thesis.txt").rename(tmp_path / "thesis.txt")
         (tmp_path / "file").write_text("")
         with pytest.raises(FileExistsError, match="run folder must be a folder, got the file"):
             medseg.train(config(dataset, tmp_path / "file"), tiny.plan())

@@ -40,7 +40,8 @@ def main() -> None:
         print(f"medseg {medseg.__version__}")
         return
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("medseg").setLevel(logging.INFO)
+    alone = os.environ.get("RANK", "0") == "0"  # the first of several processes speaks for all
+    logging.getLogger("medseg").setLevel(logging.INFO if alone else logging.ERROR)
     warnings.showwarning = show_warning  # type: ignore[assignment]
     try:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +38,8 @@ def train(dataset: Positional[Path], options: Annotated[TrainOptions, arg(name="
     """
     config = medseg.TrainConfig.make(dataset=dataset, **options.model_dump())
     run = medseg.cross_validation.train_folds(config) if config.fold == "all" else medseg.train(config)
+    if os.environ.get("RANK", "0") != "0":  # the first of several processes speaks for all
+        return
     show_evaluation(run.evaluation(), json)
     if not json:
         print(f"run: {run.path}\nreport: {run.path / 'report.html'}")
