@@ -394,5 +394,9 @@ def _choose_normalisation(
                 why[-1] += f", of the voxels above the lowest value ({100 * blank:.0f} % of an image are blank)"
         if len(having) < len(looks):
             why[-1] += f", missing in {len(looks) - len(having)} of {len(looks)} cases"
-    reasons["channels"] = "; ".join(dict.fromkeys(why))
+    names_of: dict[str, list[str]] = {}
+    for sentence in why:
+        name, _, reason = sentence.partition(": ")
+        names_of.setdefault(reason, []).append(name)
+    reasons["channels"] = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in names_of.items())
     return tuple(plans)

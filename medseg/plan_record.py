@@ -155,9 +155,11 @@ class Plan(Record):
         reasons = dict(self.reasons)
         for setting in settings:
             name, equals, text = (part.strip() for part in setting.partition("="))
-            if not equals or name not in type(self).model_fields or name in ("format", "reasons"):
-                known = ", ".join(n for n in type(self).model_fields if n not in ("format", "reasons"))
-                raise ValueError(f"setting must be entry=value with an entry of the plan ({known}), got {setting!r}")
+            if not equals:
+                raise ValueError(f"setting must be entry=value, got {setting!r}")
+            known = [n for n in type(self).model_fields if n not in ("format", "reasons")]
+            if name not in known:
+                raise ValueError(f"setting must be of an entry of the plan ({', '.join(known)}), got {name!r}")
             values[name] = parse_setting(text)
             reasons[name] = "set by hand"
         return type(self).make(**{**values, "reasons": reasons})

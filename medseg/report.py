@@ -266,6 +266,7 @@ def plan_table(plan: Any) -> Table:
             str(reasons.get(name, "")),
         ]
         for name, value in values.items()
+        if value is not None or name not in ("encoder", "ignore")
     ]
     rows += [[name, "", str(reason)] for name, reason in reasons.items() if name not in values]
     return Table("What is trained and how", ["choice", "value", "reason"], rows, is_open=True)
@@ -280,7 +281,8 @@ def _words(value: Any, joint: str = ", ") -> str:
     if isinstance(value, Mapping):
         if value.get("scheme") == "zscore":  # its other entries mean nothing
             return f"{value.get('name', '')} (z-score of each image)"
-        rest = ", ".join(f"{k} {_words(v)}" for k, v in value.items() if k not in ("name", "color"))
+        shown = {k: v for k, v in value.items() if k not in ("name", "color") and v is not False and v != []}
+        rest = ", ".join(f"{k} {_words(v)}" for k, v in shown.items())
         return f"{value['name']} ({rest})" if "name" in value else rest
     if isinstance(value, list | tuple):
         is_flat = all(not isinstance(v, list | tuple | Mapping) for v in value)

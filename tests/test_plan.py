@@ -348,9 +348,9 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("setting", "message"),
         [
-            ("batch", "setting must be entry=value with an entry of the plan .*, got 'batch'"),
-            ("colour=3", "setting must be entry=value"),
-            ("format=1", "setting must be entry=value"),
+            ("batch", "setting must be entry=value, got 'batch'"),
+            ("colour=3", "setting must be of an entry of the plan .*, got 'colour'"),
+            ("format=1", "setting must be of an entry of the plan .*, got 'format'"),
             ("batch=many", "batch must be valid: .*, got 'many'"),
             ("batch=0", "batch, features and spacing must be positive"),
             ("features=8", "features must be valid"),

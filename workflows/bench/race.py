@@ -118,7 +118,7 @@ def table(out: Path) -> None:
         print(f"| {system} | {row['minutes']:g} | {mean:.3f} | {mean - first:+.3f} | {facts} |")
         points = [*curve["points"], [row["minutes"], mean]]
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"{system} {mean:.3f}")
-    axes.set(xlabel="minutes", ylabel="mean Dice of validation cases (last point: all of them, native grid)")
+    axes.set(xlabel="minutes", ylabel="mean Dice", title="Validation; the last point is of all cases, native grids")
     axes.legend()
     figure.savefig(out / "race.png", dpi=110)
 
