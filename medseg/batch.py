@@ -58,7 +58,13 @@ class Predictions:
 # What is to be predicted
 
 
-def find_inputs(paths: Sequence[str | PathLike[str]], channels: int, series: str | None = None) -> list[Input]:
+def find_inputs(
+    paths: Sequence[str | PathLike[str]],
+    channels: int,
+    series: str | None = None,
+    *,
+    numbers: Sequence[int] | None = None,
+) -> list[Input]:
     """The images that paths name: a file is one image; a folder is a DICOM series or holds image files.
 
     Files ``name_0000``, ``name_0001`` ... of one folder are the channels of one image where the model takes several.
@@ -72,6 +78,8 @@ def find_inputs(paths: Sequence[str | PathLike[str]], channels: int, series: str
         Number of channels that the model takes.
     series : str, optional
         Which series, where a DICOM folder holds several; as in :func:`medseg.read`.
+    numbers : sequence of int, optional
+        Numbers of the channels in the training, where some are missing: files may bear these instead of 0, 1, ...
 
     Raises
     ------
@@ -92,7 +100,7 @@ def find_inputs(paths: Sequence[str | PathLike[str]], channels: int, series: str
             else:
                 files[part.parent].append(part)
     for group in files.values():
-        found += _grouped(group, channels)
+        found += _grouped(group, channels, numbers)
     names = [one.name for one in found]
     for one in found:
         if names.count(one.name) > 1:
@@ -122,7 +130,7 @@ def _images_in(folder: Path) -> list[Path]:
     return [folder]
 
 
-def _grouped(files: Sequence[Path], channels: int) -> list[Input]:
+def _grouped(files: Sequence[Path], channels: int, wanted: Sequence[int] | None) -> list[Input]:
     """Image files of one folder as images, channel files together."""
     matches = {file: CHANNEL.fullmatch(stem(file.name)) for file in files}
     if channels == 1:
@@ -139,6 +147,8 @@ def _grouped(files: Sequence[Path], channels: int) -> list[Input]:
         ordered = sorted(numbers, key=lambda f: numbers[f])
         if len(ordered) == 1:  # one file may hold all channels; its number is then part of its name
             found.append(Input(stem(ordered[0].name) if numbers[ordered[0]] else name, (ordered[0],)))
+        elif wanted is not None and sorted(numbers.values()) == sorted(wanted):
+            found.append(Input(name, tuple(sorted(numbers, key=lambda f: wanted.index(numbers[f])))))
         elif [numbers[f] for f in ordered] != list(range(channels)):
             raise ValueError(
                 f"image must be one file with all channels or {channels} files _0000 to _{channels - 1:04d}, got "

@@ -201,3 +201,12 @@ def test_labels_of_probabilities(geometry: Geometry, classes: int, seed: int) ->
     single = labels_of(Volume(array[:1], geometry))
     assert np.array_equal(single.array, array[0] >= 0.5)
     assert single.names == {1: "label 1"}
+
+
+def test_files_bear_the_numbers_of_the_channels_that_are_there(tmp_path: Path) -> None:
+    for number in (0, 2):
+        (tmp_path / f"a_{number:04d}.nii").write_text("")
+    (one,) = find_inputs([tmp_path], 2, numbers=(2, 0))
+    assert [p.name for p in one.paths] == ["a_0002.nii", "a_0000.nii"]  # in the order of the names given
+    with pytest.raises(ValueError, match="2 files _0000 to _0001"):
+        find_inputs([tmp_path], 2)

@@ -84,7 +84,9 @@ def predict(
     predictor = medseg.Predictor.load(run, device, raw=raw)
     parameters = medseg.crf_fit.crf_of_run(run) if crf else None
     given = None if channels is None else tuple(name.strip() for name in channels.split(","))
-    images = medseg.batch.find_inputs(inputs, len(given or predictor.plan.channels), series)
+    names = [c.name for c in predictor.plan.channels]
+    numbers = [names.index(n) for n in given] if given and set(given) <= set(names) else None
+    images = medseg.batch.find_inputs(inputs, len(given or names), series, numbers=numbers)
     formats = tuple(name.strip() for name in to.split(","))
     if evaluate is not None:
         medseg.report_evaluation.require_free_outputs(out, force)
