@@ -31,7 +31,7 @@ SOFT = "_probabilities"  # ends the names of files of probabilities, as predict 
 def is_many(side: Sources) -> bool:
     if isinstance(side, LabelMap | Mapping):
         return isinstance(side, Mapping)
-    return Path(side).is_dir()
+    return Path(side).is_dir() and not is_mask_folder(side)  # masks of one case are one side
 
 
 def case_pairs(prediction: Sources, reference: Sources) -> dict[str, tuple[Source, Source]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,7 @@ SURFACES = {
     "area": "elements weighted by their area, the larger of both directed percentiles",
 }
 Image = Volume | str | os.PathLike[str]
+log = logging.getLogger("medseg")
 Images = Image | Mapping[str, Image] | Callable[[str], Image]
 
 
@@ -80,7 +83,7 @@ def evaluate_predictions(
     predictions: Mapping[str, Sequence[Path]],
     reference: str | os.PathLike[str],
     *,
-    failed: Collection[str] = (),
+    failed: Mapping[str, str] = MappingProxyType({}),
     image: Images | None = None,
     force: bool = False,
 ) -> Evaluation:
@@ -94,8 +97,8 @@ def evaluate_predictions(
         The files written, of any format; the first of each case is evaluated, or the folder of masks that it lies in.
     reference : path
         A folder of label maps, those of other cases left out; or, of one case, the file.
-    failed : collection of case ids
-        Cases that could not be predicted: rows with a reason.
+    failed : mapping of case id to reason
+        Cases that could not be predicted: rows with the reason.
     image, force
         As for :func:`report_of_evaluation`.
 
@@ -118,6 +121,8 @@ def evaluate_predictions(
         is_mask = path.parent.name == case and is_mask_folder(path.parent)
         labels[case] = path.parent if is_mask else path
     found = evaluate(labels, references)
+    rows = [{**row, "error": failed[row["case"]]} if row["case"] in failed else row for row in found.rows]
+    found = replace(found, rows=tuple(rows))
     write_evaluation(folder, found, labels, references, image=image, force=force, title="Prediction")
     return found
 
@@ -178,8 +183,7 @@ def report_of_evaluation(
         plot = Picture(distribution_picture(evaluation.rows, drawn, colors), what, f"Spread over cases. {what}")
         sections.append(Section("Distribution", [plot]))
     if others:
-        tables = [_comparison(name, other, evaluation, m) for name, other in others.items() for m in drawn]
-        sections.append(Section("Comparison", [_ranking(evaluation, others), *tables]))
+        sections.append(Section("Comparison", _comparisons(evaluation, others, list(drawn))))
     if pictures:
         sections.append(Section("Worst and median cases", pictures))
     sections.append(Section("All cases", [_by_case(evaluation), rows]))
@@ -235,6 +239,22 @@ def _ranking(evaluation: Evaluation, others: Mapping[str, Evaluation]) -> Table:
     ]
     head = ["run", "place", "mean rank (95 %)", "mean Dice", "missing"]
     return Table("Ranks by Dice, averaged over cases and structures, the best first", head, rows, True)
+
+
+def _comparisons(evaluation: Evaluation, others: Mapping[str, Evaluation], metrics: Sequence[str]) -> list[Block]:
+    """Ranks, and differences metric by metric; a sentence where runs have nothing in common."""
+    blocks: list[Block] = []
+    try:
+        blocks.append(_ranking(evaluation, others))
+    except ValueError as problem:
+        blocks.append(Text(f"No ranks: {problem}"))
+    for name, other in others.items():
+        for metric in metrics:
+            try:
+                blocks.append(_comparison(name, other, evaluation, metric))
+            except ValueError as problem:
+                blocks.append(Text(f"No comparison with {name} by {METRIC_NAMES[metric]}: {problem}"))
+    return blocks
 
 
 def _comparison(name: str, other: Evaluation, evaluation: Evaluation, metric: str) -> Table:
@@ -294,8 +314,15 @@ def _case_pictures(
 
 
 def _named(labels: LabelMap, names: Mapping[int, str]) -> LabelMap:
-    """The label map with its structures called as in the rows."""
-    return replace(labels, structures=tuple(replace(s, name=names.get(s.number, s.name)) for s in labels.structures))
+    """The structures that have rows, called as there; all of them where nothing is named."""
+    if not names:
+        return labels
+    at = [n for n, s in enumerate(labels.structures) if s.number in names]
+    kept = tuple(replace(labels.structures[n], name=names[labels.structures[n].number]) for n in at)
+    if labels.is_layered:
+        return replace(labels, array=labels.array[at], structures=kept)
+    scored = np.isin(labels.array, [s.number for s in kept])
+    return replace(labels, array=np.where(scored, labels.array, np.zeros((), labels.array.dtype)), structures=kept)
 
 
 def _scan(image: Images | None, case: str, labels: LabelMap) -> Volume:
@@ -311,5 +338,9 @@ def _scan(image: Images | None, case: str, labels: LabelMap) -> Volume:
         found = files[0] if files else None
     if found is None or isinstance(found, Mapping) or callable(found):
         return Volume(np.zeros(grid.shape, np.uint8), grid)
-    scan = found if isinstance(found, Volume) else read(found)
+    try:
+        scan = found if isinstance(found, Volume) else read(found)
+    except (OSError, ValueError) as problem:  # the tables are worth a report without it
+        log.warning("scan of case %s is left out of the report: %s", case, problem)
+        return Volume(np.zeros(grid.shape, np.uint8), grid)
     return scan if scan.geometry.is_close(grid) else resample_to(scan, grid)

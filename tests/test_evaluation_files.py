@@ -25,7 +25,9 @@ from sklearn.metrics import brier_score_loss
 import medseg
 from medseg import cli, surface
 from medseg.evaluation import Lesions, evaluate
+from medseg.io import write
 from medseg.io.dicom_write import write_series
+from medseg.report_evaluation import evaluate_predictions
 from medseg.volume import Geometry, LabelMap, Structure, Volume
 
 GRID = Geometry.from_parts((24, 19, 9), (0.9, 1.3, 3.0), (-20, 30, 5), rotation((0.2, -0.3, 0.1)))
@@ -392,3 +394,33 @@ def test_predict_and_evaluate_one(tmp_path, predict):
     assert json.loads((out / "metrics.json").read_text())["summary"][-1]["n_defined"] == 1
     message = predict(tmp_path / "in", "--out", tmp_path / "two", "--evaluate", reference, code=1)[1]
     assert "reference must be a folder for several predictions" in message
+
+
+def test_two_folders_of_masks_are_one_case(tmp_path: Path) -> None:
+    """A mask that the prediction lacks is a missed structure, not a case that failed."""
+    grid = Geometry.from_parts((9, 8, 5), (1.0, 1.3, 2.5))
+    masks = np.zeros((2, 9, 8, 5), bool)
+    masks[0, :3], masks[1, 5:] = True, True
+    for name, kept in (("p", (0,)), ("r", (0, 1))):
+        for n in kept:
+            one = LabelMap(masks[n].astype(np.uint8), grid)
+            write(one, tmp_path / name / f"{n + 1}_{('liver', 'spleen')[n]}.nii.gz")
+    found = evaluate(tmp_path / "p", tmp_path / "r", surface=False)
+    assert {r["case"] for r in found.rows} == {"r"}
+    assert found.mean("dice") == 0.5
+    assert not found.failed
+
+
+def test_what_could_not_be_predicted_says_why(tmp_path: Path) -> None:
+    grid = Geometry.from_parts((9, 8, 5), (1.0, 1.3, 2.5))
+    array = np.zeros((9, 8, 5), np.uint8)
+    array[:3] = 1
+    for name in ("a", "b"):
+        write(LabelMap(array, grid), tmp_path / "r" / f"{name}.nii.gz")
+    write(LabelMap(array, grid), tmp_path / "p" / "a.nii.gz")
+    found = evaluate_predictions(
+        tmp_path / "p", {"a": [tmp_path / "p" / "a.nii.gz"]}, tmp_path / "r", failed={"b": "voxels must be finite"},
+        image=lambda case: tmp_path / "no such scan.nii.gz",
+    )  # fmt: skip
+    assert [r["error"] for r in found.failed] == ["voxels must be finite"]
+    assert (tmp_path / "p" / "report.html").is_file()  # a scan that is missing costs its picture alone

@@ -90,6 +90,9 @@ def evaluate(
         json: print JSON
         force: overwrite outputs
     """
+    for path in (prediction, reference, *compare, *([image] if image else [])):
+        if not path.exists():
+            raise FileNotFoundError(f"file or folder must exist, got {path}; check the name")
     rule = medseg.lesions.Lesions(matching, min_iou, connectivity, instances=instances)
     if out is not None and out.suffix:
         medseg.scores.require_rows(out, force)

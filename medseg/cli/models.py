@@ -107,4 +107,4 @@ def predict(
         out, done.written, evaluate, failed=done.failed, image=lambda case: scans[case].read(), force=force
     )
     show_evaluation(found, json=False)
-    return 1 if found.failed else 0
+    return 1 if done.failed or found.failed else 0
