@@ -23,6 +23,7 @@ __all__ = [
     "Structures",
     "Surface",
     "aligned_pair",
+    "empty_row",
     "is_made_up",
     "row_of",
     "score",
@@ -53,10 +54,15 @@ class Scoring:
     labels_present: bool = False
     resample: bool = False
 
+    @property
+    def rule(self) -> Lesions | None:
+        """How lesions are counted, if they are."""
+        return Lesions() if self.lesions is True else self.lesions or None
+
     def settings(self) -> dict[str, Any]:
         """What a reader of the numbers has to know."""
         surface = Surface() if self.surface is True else self.surface or None
-        rule = Lesions() if self.lesions is True else self.lesions or None
+        rule = self.rule
         found: dict[str, Any] = {}
         if surface is not None:
             found |= {"surface": surface.definition, "missing": surface.missing, "tolerance_mm": self.tolerance_mm}
@@ -111,7 +117,7 @@ def score(
     if soft is None and prediction.is_layered and prediction.array.dtype != bool:
         soft = prediction
     prediction, reference = aligned_pair(case, prediction, reference, how.resample)
-    rule = Lesions() if how.lesions is True else how.lesions or None
+    rule = how.rule
     p, r = prediction, reference
     if rule is not None and rule.instances:
         p, r, wanted = _foreground(p), _foreground(r), [INSTANCES]
@@ -202,6 +208,15 @@ def row_of(case: str, structure: Structure, score: Mapping[str, float]) -> Row:
     volume, true = (row[key] for key in VOLUMES)
     row["volume_difference_mm3"] = volume - true
     row["volume_difference"] = (volume - true) / true if true > 0 else np.nan
+    return row
+
+
+def empty_row(case: str, structure: Structure, how: Scoring) -> Row:
+    """The row of a structure that is on neither side."""
+    row = row_of(case, structure, dict.fromkeys(VOLUMES, 0.0))
+    if how.rule is not None:
+        nothing = np.zeros((0, 0, 0), bool)
+        row.update(match_lesions(nothing, nothing, (1.0, 1.0, 1.0), how.rule).scores())
     return row
 
 

@@ -17,14 +17,15 @@ from medseg.case_files import (
     read_probabilities,
     sources,
 )
-from medseg.case_scores import CaseRows, Scoring, Structures, Surface, is_made_up, row_of, score, score_case
+from medseg.case_scores import CaseRows, Scoring, Structures, Surface, empty_row, is_made_up, row_of, score, score_case
 from medseg.lesions import Lesions
-from medseg.scores import VOLUMES, Evaluation, Row
+from medseg.scores import Evaluation, Row
 from medseg.volume import Structure
 
 __all__ = ["Evaluation", "Lesions", "Surface", "evaluate", "score_case"]
 
 MOST_WORKERS = 8  # cases scored at a time, one per processor; each holds its two label maps in memory
+NOTHING_DRAWN = "reference must hold a structure to be scored by labels_present, got none"
 
 
 def evaluate(
@@ -84,28 +85,24 @@ def evaluate(
     FileNotFoundError
         If there is no such file or folder.
     """
-    if isinstance(labels_present, Mapping):
-        drawn, present = labels_present, False
-    else:
-        drawn, present = {}, labels_present
-    how = Scoring(structures, tolerance_mm, surface, lesions, present, resample)
+    drawn = labels_present if isinstance(labels_present, Mapping) else {}
+    how = Scoring(structures, tolerance_mm, surface, lesions, labels_present is True, resample)
 
     def scored(case: str, pair: tuple[Source, Source]) -> CaseRows:
         return score(case, *read_pair(*pair), how, known=drawn.get(case), soft=read_probabilities(pair[0]))
 
     if is_many(prediction) and is_many(reference):
         pairs = paired(sources(prediction, "prediction"), sources(reference, "reference"), common_only)
-        found = _score_all(pairs, scored, progress)
-        rows = [row for one in found for row in one.structures]
+        found = dict(zip(pairs, _score_all(pairs, scored, progress), strict=True))
     else:
         ((name, pair),) = case_pairs(prediction, reference).items()
-        found, pairs = [scored(name, pair)], {}
-        rows = found[0].structures
-    found_lesions = [row for one in found for row in one.lesions]
-    if not (isinstance(lesions, Lesions) and lesions.instances):
-        _named_alike([*rows, *found_lesions], declared_names(reference))
-    rows = _completed(rows) if pairs and not labels_present else rows
-    return Evaluation(tuple(rows), tuple(found_lesions), how.settings())
+        found = {name: scored(name, pair)}
+    rows = {case: one.structures for case, one in found.items()}
+    found_lesions = [row for one in found.values() for row in one.lesions]
+    declared = declared_names(reference)
+    if how.rule is None or not how.rule.instances:
+        _named_alike([*(row for own in rows.values() for row in own), *found_lesions], declared)
+    return Evaluation(tuple(_completed(rows, declared, drawn, how)), tuple(found_lesions), how.settings())
 
 
 def _score_all(
@@ -151,15 +148,20 @@ def _named_alike(rows: list[Row], declared: Mapping[int, str]) -> None:
             (row["structure"],) = known
 
 
-def _completed(rows: list[Row]) -> list[Row]:
-    """The rows with one more, undefined, for each structure that a case lacks and others have."""
-    label_of = {row["structure"]: row["label"] for row in rows if "error" not in row}
-    by_case: dict[str, list[Row]] = {}
-    for row in rows:
-        by_case.setdefault(row["case"], []).append(row)
+def _completed(
+    rows: Mapping[str, list[Row]], declared: Mapping[int, str], drawn: Mapping[str, Collection[int]], how: Scoring
+) -> list[Row]:
+    """The rows with one more, undefined, for each structure that a case lacks and others have: no case gets lost.
+
+    Where all cases are empty and nothing names a structure, it is the number 1.
+    """
+    known = {row["structure"]: row["label"] for own in rows.values() for row in own if "error" not in row}
+    known = known or {name: number for number, name in declared.items()} or {"label 1": 1}
     full: list[Row] = []
-    for case, own in by_case.items():
+    for case, own in rows.items():
         present = {row["structure"] for row in own}
-        absent = [] if "error" in own[0] else [name for name in label_of if name not in present]
-        full += own + [row_of(case, Structure(label_of[n], n), dict.fromkeys(VOLUMES, 0.0)) for n in absent]
+        if not how.labels_present and not (own and "error" in own[0]):
+            wanted = [(n, name) for name, n in known.items() if name not in present and n in drawn.get(case, (n,))]
+            own = own + [empty_row(case, Structure(n, name), how) for n, name in wanted]
+        full += own or _failure(case, NOTHING_DRAWN).structures
     return full

@@ -199,6 +199,51 @@ def test_a_structure_in_some_cases_only_is_counted(tmp_path):
     assert [(e["n"], e["n_defined"]) for e in kept.summary] == [(2, 2), (1, 1), (2, 2)]
 
 
+def empty_pairs(n_empty: int, n_full: int, named: bool) -> tuple[dict[str, LabelMap], dict[str, LabelMap]]:
+    """Predictions with one more lesion than the reference in the full cases."""
+    array = np.zeros(GRID.shape, np.uint8)
+    array[2:5, 3:6, 2:4] = 1
+    more = array.copy()
+    more[10:12, 8:10, 5:7] = 1
+    names = (Structure(1, "tumour"),) if named else ()
+    p, r = {}, {}
+    for n in range(n_empty + n_full):
+        both = (array * 0, array * 0) if n < n_empty else (more, array)
+        p[f"case_{n}"], r[f"case_{n}"] = (LabelMap(a, GRID, names) for a in both)
+    return p, r
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_cases_without_a_structure_count(named):
+    result = evaluate(*empty_pairs(3, 2, named), lesions=True)
+    entry = result.summary[0]
+    assert (entry["n"], entry["n_defined"]) == (5, 2)
+    assert [row["case"] for row in result.rows] == [f"case_{n}" for n in range(5)]
+    assert [row["dice"] > 0 for row in result.rows] == [False] * 3 + [True] * 2
+    assert entry["false_positives"]["mean"] == pytest.approx(2 / 5)
+    assert set(result.rows[0]) == set(result.rows[-1])
+
+
+def test_one_empty_pair_is_a_row():
+    p, r = empty_pairs(1, 0, False)
+    (row,) = evaluate(p["case_0"], r["case_0"]).rows
+    assert (row["structure"], row["volume_mm3"], row["reference_volume_mm3"]) == ("label 1", 0, 0)
+    assert np.isnan(row["dice"])
+
+
+def test_a_case_in_which_nothing_was_drawn_is_listed():
+    p, r = empty_pairs(1, 2, True)
+    result = evaluate(p, r, labels_present=True)
+    assert [row["case"] for row in result.rows] == ["case_0", "case_1", "case_2"]
+    assert [row["error"] for row in result.failed] == [
+        "reference must hold a structure to be scored by labels_present, got none"
+    ]
+    unnamed = evaluate(*empty_pairs(2, 1, False), labels_present={"case_1": ()})
+    assert [("error" in row, row["case"]) for row in unnamed.rows] == [
+        (False, "case_0"), (True, "case_1"), (False, "case_2")
+    ]  # fmt: skip
+
+
 def test_folders_without_a_match(folders, tmp_path):
     p, r = folders
     with pytest.raises(FileNotFoundError, match="prediction folder must hold label maps, got none in"):
