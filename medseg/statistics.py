@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from medseg.scores import Evaluation, write_rows
+from medseg.scores import VOLUMES, Evaluation, Row, write_rows
 
 __all__ = ["Comparison", "Rank", "compare", "holm", "is_better_low", "rank", "worst_cases", "write_rows"]
 
@@ -32,7 +32,8 @@ class Comparison:
     ----------
     structure, metric : str
     n : int
-        Cases in which both have a value; only these count.
+        Cases in which both have a value; only these count. Where the structure is on neither side for one run, and the
+        other has a value (it predicted what is not there), the first is perfect: 1, or 0 mm.
     n_first, n_second : int
         Further cases in which only the first, or only the second, has one.
     first, second : float
@@ -86,7 +87,7 @@ def compare(first: Evaluation, second: Evaluation, metric: str = "dice") -> list
     ValueError
         If the runs share no case and structure with a value of the metric.
     """
-    a, b = (_values(e, metric) for e in (first, second))
+    a, b = _values_of_runs((first, second), metric)
     names = [name for name in dict.fromkeys(name for _, name in a) if any(s == name for _, s in b)]
     found: list[dict[str, Any]] = []
     for name in names:
@@ -145,6 +146,28 @@ def _values(evaluation: Evaluation, metric: str) -> dict[tuple[str, str], float]
     return {(row["case"], row["structure"]): float(row[metric]) for row in rows if np.isfinite(row.get(metric, np.nan))}
 
 
+def _values_of_runs(runs: Sequence[Evaluation], metric: str) -> list[dict[tuple[str, str], float]]:
+    """Values of each run; one that rightly left empty what another has a value for is perfect there.
+
+    Two empty masks have no overlap and no distance, but among several runs the one without a false positive must not
+    look like one that failed.
+    """
+    values = [_values(run, metric) for run in runs]
+    known = set().union(*values)
+    perfect = 0.0 if is_better_low(metric) else 1.0
+    for run, own in zip(runs, values, strict=True):
+        if run.settings.get("missing") == "nan" and metric.endswith("_mm"):
+            continue  # no distance is defined where a side is empty
+        right = {(row["case"], row["structure"]) for row in run.rows if _is_empty(row)}
+        own.update(dict.fromkeys((right & known) - own.keys(), perfect))
+    return values
+
+
+def _is_empty(row: Row) -> bool:
+    """Whether the row is of a structure that is on neither side."""
+    return "error" not in row and all(row.get(key) == 0 for key in VOLUMES)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Several runs
 
@@ -162,7 +185,7 @@ class Rank:
         Mean over cases and structures of the rank in each, with ``low`` and ``high``, its 95 % interval by bootstrap over
         cases.
     mean : float
-        Mean of the metric where it is defined.
+        Mean of the metric where it is defined; perfect where this run alone is right that there is no such structure.
     missing : int
         Cases and structures that other runs have a value for and this one has not: it comes last there.
     """
@@ -197,7 +220,7 @@ def rank(runs: Mapping[str, Evaluation], metric: str = "dice") -> list[Rank]:
     """
     if len(runs) < 2:
         raise ValueError(f"runs must be at least two to be ranked, got {list(runs)}")
-    values = [_values(e, metric) for e in runs.values()]
+    values = _values_of_runs(list(runs.values()), metric)
     keys = sorted(set().union(*values))
     if not keys:
         raise ValueError(f"runs must have values of {metric}, got none")

@@ -83,6 +83,31 @@ def test_ranking():
         rank({"x": runs["best"]})
 
 
+def volumes(case, predicted, true, dice, distance) -> dict:
+    return {"case": case, "structure": "tumour", "label": 1, "volume_mm3": predicted, "reference_volume_mm3": true,
+            "dice": dice, "hd95_mm": distance, "volume_difference_mm3": predicted - true}  # fmt: skip
+
+
+def test_a_run_that_is_right_about_an_empty_reference_is_perfect_there():
+    nan = float("nan")
+    both = volumes("c", 0.0, 0.0, nan, nan)  # empty for every run: undefined
+    right = Evaluation((volumes("a", 8.0, 8.0, 0.9, 1.0), volumes("b", 0.0, 0.0, nan, nan), both))
+    wrong = Evaluation((volumes("a", 8.0, 8.0, 0.9, 1.0), volumes("b", 5.0, 0.0, 0.0, 60.0), both))
+    failed = {"case": "b", "structure": "", "label": None, "error": "must be readable, got none"}
+    fails = Evaluation((volumes("a", 8.0, 8.0, 0.9, 1.0), failed, both))
+    for metric, mean, other in (("dice", 0.95, 0.45), ("hd95_mm", 0.5, 30.5)):
+        (found,) = compare(wrong, right, metric)
+        assert (found.n, found.n_first, found.n_second, found.better) == (2, 0, 0, 1)
+        assert (found.first, found.second) == pytest.approx((other, mean))
+        ranked = rank({"wrong": wrong, "fails": fails, "right": right}, metric)
+        assert [r.run for r in ranked] == ["right", "wrong", "fails"]
+        assert [r.missing for r in ranked] == [0, 0, 1]
+        assert ranked[0].mean == pytest.approx(mean)
+    undefined = Evaluation(right.rows, settings={"missing": "nan"})
+    assert compare(wrong, undefined, "hd95_mm")[0].n == 1
+    assert compare(wrong, undefined)[0].n == 2
+
+
 def test_worst_first():
     found = run({"a": [0.7, 0.2, 0.9, float("nan")], "b": [0.1, 0.4, 0.9, float("nan")]}, failed=["c07"])
     assert [case for case, _ in worst_cases(found)] == ["c07", "c01", "c00", "c02", "c03"]
