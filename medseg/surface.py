@@ -161,21 +161,24 @@ def _elements(mask: Any, spacing: tuple[float, ...]) -> tuple[Any, Any]:
 
 @lru_cache(maxsize=64)
 def _element_sizes(spacing: tuple[float, ...]) -> Array:
-    """Size of the level set in the cell between 2^n voxel centres for each pattern of inside and outside."""
-    patterns = 2 ** (2 ** len(spacing))
-    sizes = np.zeros(patterns)
-    for code in range(1, patterns - 1):
-        bits = [code >> bit & 1 for bit in range(2 ** len(spacing))]
+    """Size of the surface in the cell between 2^n voxel centres for each pattern of inside and outside.
+
+    Where voxels of the rarer kind (inside or outside) meet only along an edge or at a corner, the surface keeps them apart.
+    """
+    corners = 2 ** len(spacing)
+    sizes = np.zeros(2**corners)
+    for code in range(1, 2**corners - 1):
+        bits = [code >> bit & 1 for bit in range(corners)]
         cell = np.array(bits, np.float32).reshape((2,) * len(spacing)).T  # bit b is the corner with index bits of b
-        if len(spacing) == 3:
-            # a level a hair above the middle keeps voxels apart that meet only along an edge
-            vertices, faces, _, _ = measure.marching_cubes(cell, 0.5 + 1e-6, spacing=spacing)
-            sizes[code] = measure.mesh_surface_area(vertices, faces)
+        if len(spacing) == 1:
+            sizes[code] = 1.0
         elif len(spacing) == 2:
             lines = measure.find_contours(cell, 0.5)
             sizes[code] = sum(np.linalg.norm(np.diff(line, axis=0) * spacing, axis=1).sum() for line in lines)
-        else:
-            sizes[code] = 1.0
+        elif 2 * sum(bits) <= corners:
+            # a level a hair above the middle keeps the voxels inside apart
+            vertices, faces, _, _ = measure.marching_cubes(cell, 0.5 + 1e-6, spacing=spacing)
+            sizes[code] = sizes[2**corners - 1 - code] = measure.mesh_surface_area(vertices, faces)
     sizes.flags.writeable = False
     return sizes
 
