@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from medseg.distribution import distribution_picture
 from medseg.io.files import atomic_path, require_free
 
-__all__ = ["COLUMNS", "METRICS", "VOLUMES", "Evaluation", "Row", "require_rows", "write_rows"]
+__all__ = ["COLUMNS", "DIFFERENCES", "METRICS", "VOLUMES", "Evaluation", "Row", "require_rows", "write_rows"]
 
 Row = dict[str, Any]
 METRICS = ("iou", "dice", "hd95_mm", "nsd", "hd_mm", "assd_mm", "precision", "recall")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from medseg.scores import VOLUMES, Evaluation, Row, write_rows
+from medseg.scores import DIFFERENCES, VOLUMES, Evaluation, Row, write_rows
 
 __all__ = ["Comparison", "Rank", "compare", "holm", "is_better_low", "rank", "worst_cases", "write_rows"]
 
@@ -20,8 +20,8 @@ LOW_IS_GOOD = ("hd", "assd", "brier", "ece", "false_positives", "lesions_missed"
 
 
 def is_better_low(metric: str) -> bool:
-    """Whether lower values of a metric are better (distances and errors)."""
-    return metric.startswith(LOW_IS_GOOD)
+    """Whether lower values of a metric are better (distances, errors, and differences without their sign)."""
+    return metric.startswith(LOW_IS_GOOD) or metric in DIFFERENCES
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def compare(first: Evaluation, second: Evaluation, metric: str = "dice") -> list
     first, second : Evaluation
         Of the same references.
     metric : str
-        A column of their rows.
+        A column of their rows; differences of volume are taken without their sign.
 
     Returns
     -------
@@ -139,11 +139,12 @@ def _interval(values: Array) -> tuple[float, float]:
 
 
 def _values(evaluation: Evaluation, metric: str) -> dict[tuple[str, str], float]:
-    """Defined values by case and structure."""
+    """Defined values by case and structure; differences without their sign, which neither ranks nor averages well."""
     rows = [row for row in evaluation.rows if "error" not in row]
     if rows and not any(metric in row for row in rows):
         raise ValueError(f"metric must be a column of the rows, got {metric!r}; there are {sorted(rows[0])}")
-    return {(row["case"], row["structure"]): float(row[metric]) for row in rows if np.isfinite(row.get(metric, np.nan))}
+    values = {(row["case"], row["structure"]): float(row.get(metric, np.nan)) for row in rows}
+    return {key: abs(v) if metric in DIFFERENCES else v for key, v in values.items() if np.isfinite(v)}
 
 
 def _values_of_runs(runs: Sequence[Evaluation], metric: str) -> list[dict[tuple[str, str], float]]:
@@ -207,7 +208,7 @@ def rank(runs: Mapping[str, Evaluation], metric: str = "dice") -> list[Rank]:
     runs : mapping of name to Evaluation
         At least two.
     metric : str
-        A column of the rows.
+        A column of the rows; differences of volume are taken without their sign.
 
     Returns
     -------
@@ -250,7 +251,8 @@ def rank(runs: Mapping[str, Evaluation], metric: str = "dice") -> list[Rank]:
 def worst_cases(evaluation: Evaluation, metric: str = "dice") -> list[tuple[str, float]]:
     """Cases with the mean of a metric over their structures, the worst first.
 
-    Cases that could not be scored come first (NaN), those in which nothing is defined last (NaN).
+    Differences of volume are taken without their sign. Cases that could not be scored come first (NaN), those in which
+    nothing is defined last (NaN).
     """
     by_case: dict[str, list[float]] = {row["case"]: [] for row in evaluation.rows if "error" not in row}
     for (case, _), value in _values(evaluation, metric).items():

@@ -108,6 +108,20 @@ def test_a_run_that_is_right_about_an_empty_reference_is_perfect_there():
     assert compare(wrong, undefined)[0].n == 2
 
 
+@pytest.mark.parametrize("metric", ["volume_difference_mm3", "volume_difference"])
+def test_differences_count_without_their_sign(metric):
+    def volume_run(*values):
+        return Evaluation(tuple(
+            {"case": f"c{n}", "structure": "a", "label": 1, metric: v} for n, v in enumerate(values)
+        ))  # fmt: skip
+
+    small, large = volume_run(1.0, -2.0, 3.0), volume_run(-8.0, 9.0, -7.0)
+    (found,) = compare(large, small, metric)
+    assert (found.first, found.second, found.better) == (pytest.approx(8), pytest.approx(2), 3)
+    assert [r.run for r in rank({"large": large, "small": small}, metric)] == ["small", "large"]
+    assert worst_cases(small, metric) == [("c2", 3), ("c1", 2), ("c0", 1)]
+
+
 def test_worst_first():
     found = run({"a": [0.7, 0.2, 0.9, float("nan")], "b": [0.1, 0.4, 0.9, float("nan")]}, failed=["c07"])
     assert [case for case, _ in worst_cases(found)] == ["c07", "c01", "c00", "c02", "c03"]
