@@ -207,7 +207,7 @@ def _surface(
         return SurfaceScores(np.nan, np.nan, np.nan, np.nan)
     kept = [axis for axis, n in enumerate(prediction.shape) if n > 1] or [0]
     crop = tuple(box[axis] if axis in kept else 0 for axis in range(prediction.ndim))
-    masks = prediction[crop] == label, reference[crop] == label
+    masks = _mask(prediction[crop], label), _mask(reference[crop], label)
     if not (bool(masks[0].any()) and bool(masks[1].any())):
         diagonal = float(np.linalg.norm([n * s for n, s in zip(prediction.shape, spacing, strict=True)]))
         worst = diagonal if missing == "diagonal" else np.nan
@@ -217,6 +217,13 @@ def _surface(
     hd95 = a.joined(b).percentile(95) if definition == "pooled" else max(a.percentile(95), b.percentile(95))
     size = a.size + b.size
     return SurfaceScores(max(a.largest, b.largest), hd95, (a.total + b.total) / size, within / size)
+
+
+def _mask(labels: Labels, label: int) -> Any:
+    """Voxels of one label; none where the type of the labels cannot hold it (torch would compare modulo its range)."""
+    if isinstance(labels, torch.Tensor) and labels.dtype != torch.bool and label > torch.iinfo(labels.dtype).max:
+        return torch.zeros_like(labels, dtype=torch.bool)
+    return labels == label
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -354,6 +354,18 @@ def test_what_runs_on_a_gpu_gives_the_same_rows(definition, monkeypatch):
             assert got == pytest.approx(want, abs=2e-5, nan_ok=True)
 
 
+@pytest.mark.parametrize("host", ["cpu", "none"])
+def test_label_beyond_the_type_of_a_map_is_missing_there(host, monkeypatch):
+    """300 is 44 modulo 256: a map of uint8 that holds 44 does not hold 300."""
+    monkeypatch.setattr(metrics, "HOST", host)
+    p, r = torch.zeros(8, 7, 5, dtype=torch.uint8), torch.zeros(8, 7, 5, dtype=torch.int16)
+    p[2:5, 1:4, 1:3], r[2:5, 1:4, 1:3] = 44, 300
+    for pair in ((p, r), (r, p)):
+        (row,) = metrics.structure_scores(*pair, [300], (1.0, 2.0, 3.0))
+        assert (row["hd_mm"], row["hd95_mm"], row["nsd"]) == pytest.approx((np.sqrt(8**2 + 14**2 + 15**2),) * 2 + (0,))
+        assert row["dice"] == 0
+
+
 def test_distances_of_tensors_are_exact():
     """Against the exact transform in C++, on anisotropic grids with few and many targets."""
     edt = pytest.importorskip("edt")
