@@ -236,20 +236,48 @@ def is_made_up(name: str, number: int) -> bool:
 
 
 def _matched(prediction: LabelMap, reference: LabelMap) -> LabelMap:
-    """The prediction with the numbers of the reference, where all its names are names of the reference."""
-    number_of = {s.name: s.number for s in reference.structures}
-    named = [s for s in prediction.structures if not is_made_up(s.name, s.number)]
-    if len(named) < len(prediction.structures) or not all(s.name in number_of for s in named):
+    """The prediction with the numbers of the reference for the structures whose names both sides have.
+
+    Of the rest, those get new numbers whose own is that of another structure of the reference. Without a name in common,
+    all go by number.
+    """
+    theirs, own = (_distinct_names(side) for side in (reference, prediction))
+    shared = theirs.keys() & own.keys()
+    if not shared:
         return prediction
-    if len({s.name for s in named}) < len(named) or all(s.number == number_of[s.name] for s in named):
-        return prediction
-    moved = tuple(replace(s, number=number_of[s.name]) for s in named)
-    if prediction.is_layered:
-        return replace(prediction, structures=moved)
-    array = np.zeros(prediction.geometry.shape, reference.array.dtype if not reference.is_layered else np.int32)
-    for old, new in zip(named, moved, strict=True):
-        array[prediction.array == old.number] = new.number
-    return replace(prediction, array=array, structures=moved)
+    claimed = {theirs[name] for name in shared}
+    new = max(s.number for s in (*reference.structures, *prediction.structures))
+    moved = []
+    for s in prediction.structures:
+        number = theirs[s.name] if s.name in shared else s.number
+        if s.name not in shared and (number in claimed or _are_others(s.name, reference.names.get(number), number)):
+            number = new = new + 1
+        moved.append(replace(s, number=number))
+    return prediction if tuple(moved) == prediction.structures else _renumbered(prediction, moved)
+
+
+def _are_others(name: str, other: str | None, number: int) -> bool:
+    """Whether two names of one number are of two structures; a made-up name may be of any."""
+    return other is not None and name != other and not is_made_up(name, number) and not is_made_up(other, number)
+
+
+def _distinct_names(labels: LabelMap) -> dict[str, int]:
+    """Number of each structure by its name, of those that a file names, and no two alike."""
+    names = [s.name for s in labels.structures]
+    return {
+        s.name: s.number for s in labels.structures if not is_made_up(s.name, s.number) and names.count(s.name) == 1
+    }
+
+
+def _renumbered(labels: LabelMap, structures: Sequence[Structure]) -> LabelMap:
+    """The same structures, each with the number at its place in ``structures``."""
+    if labels.is_layered:
+        return replace(labels, structures=tuple(structures))
+    kind = np.promote_types(labels.array.dtype, np.min_scalar_type(max(s.number for s in structures)))
+    array = np.zeros(labels.geometry.shape, kind)
+    for old, new in zip(labels.structures, structures, strict=True):
+        array[labels.array == old.number] = new.number
+    return replace(labels, array=array, structures=tuple(structures))
 
 
 def _chosen(
@@ -260,7 +288,7 @@ def _chosen(
 ) -> list[Structure]:
     """Structures to score, by number; names of the reference before those of the prediction, made-up names last."""
     both = sorted((*reference.structures, *prediction.structures), key=lambda s: is_made_up(s.name, s.number))
-    found = {s.number: s for s in union(both)}
+    found = {s.number: s for s in _told_apart(union(both))}
     if isinstance(structures, Mapping):
         found = {n: replace(found.get(n, Structure(n, name)), name=name) for n, name in structures.items()}
     elif structures is not None:
@@ -273,4 +301,15 @@ def _chosen(
         found = {s.number: s for s in asked if s is not None}
     if labels_present:
         found = {n: s for n, s in found.items() if n in reference.names and _mask(reference, n).any()}
-    return [found[n] for n in sorted(found)]
+    return _told_apart(found[n] for n in sorted(found))
+
+
+def _told_apart(structures: Iterable[Structure]) -> list[Structure]:
+    """The structures with names of their own: the second "node" becomes "node (2)", by its number."""
+    apart: dict[str, Structure] = {}
+    for s in structures:
+        name = s.name
+        while name in apart:
+            name = f"{name} ({s.number})"
+        apart[name] = replace(s, name=name)
+    return list(apart.values())

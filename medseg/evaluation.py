@@ -50,9 +50,9 @@ def evaluate(
         two folders of such, which are matched by case id, the file name without its suffix; a SEG or RTSTRUCT beside an
         image file of the same id is not read.
     structures : mapping of number to name, or sequence of numbers or names, optional
-        What to score; all structures of either label map by default. Structures are matched by name where each name of
-        the prediction is also one of the reference, else by number. Those that no file names are called as dataset.json,
-        in the folder of the references or the one above, says.
+        What to score; all structures of either label map by default. Structures whose name both sides have are matched
+        by it; where no name is in common, by number. A second structure of one name is called "name (number)". Those
+        that no file names are called as dataset.json, in the folder of the references or the one above, says.
     tolerance_mm : float (mm)
         Tolerance of the normalised surface Dice.
     surface : bool or Surface
@@ -142,10 +142,14 @@ def _named_alike(rows: list[Row], declared: Mapping[int, str]) -> None:
     for row in rows:
         if "error" not in row and not is_made_up(row["structure"], row["label"]):
             names.setdefault(row["label"], set()).add(row["structure"])
+    taken = {(row["case"], row["structure"]): row["label"] for row in rows}
     for row in rows:
         known = names.get(row["label"], {declared[row["label"]]} if row["label"] in declared else set())
         if "error" not in row and is_made_up(row["structure"], row["label"]) and len(known) == 1:
-            (row["structure"],) = known
+            (name,) = known
+            while taken.setdefault((row["case"], name), row["label"]) != row["label"]:
+                name = f"{name} ({row['label']})"
+            row["structure"] = name
 
 
 def _completed(

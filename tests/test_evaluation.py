@@ -110,6 +110,47 @@ def test_structures_of_other_numbers_match_by_name(layered):
     ]  # fmt: skip
 
 
+def lines(labels: dict[int, str], **at: int) -> LabelMap:
+    """One slab for each place, i = 1, 4, 7 ..., of the number given."""
+    array = np.zeros(GRID.shape, np.uint8)
+    for place, number in at.items():
+        start = int(place[1:])
+        array[start : start + 2, 2:7, 1:5] = number
+    return LabelMap(array, GRID, tuple(Structure(n, s) for n, s in labels.items()))
+
+
+@pytest.mark.parametrize("layered", [False, True])
+def test_names_in_common_match_whatever_the_others_are(layered):
+    r = lines({1: "liver", 2: "spleen", 255: "aorta"}, i1=1, i4=2, i10=255)
+    p = lines({1: "spleen", 2: "liver", 3: "label 3", 255: "kidney"}, i1=2, i4=1, i7=3, i10=255)
+    if layered:
+        p, r = (LabelMap(np.stack([x.array == s.number for s in x.structures]), GRID, x.structures) for x in (p, r))
+    result = {row["structure"]: (row["dice"], row["volume_mm3"] > 0) for row in evaluate(p, r).rows}
+    assert result == {
+        "liver": (1, True), "spleen": (1, True), "aorta": (0, False), "label 3": (0, True), "kidney": (0, True)
+    }  # fmt: skip
+
+
+def test_without_a_common_name_structures_match_by_number():
+    r, p = lines({1: "liver", 2: "tumour"}, i1=1, i4=2), lines({1: "Leber", 2: "label 2"}, i1=1, i4=2)
+    assert [(row["structure"], row["dice"]) for row in evaluate(p, r).rows] == [("liver", 1), ("tumour", 1)]
+
+
+def test_two_structures_of_one_name_are_told_apart():
+    names = {1: "node", 2: "node", 3: "node (2)"}
+    r, p = lines(names, i1=1, i4=2, i7=3), lines(names, i1=1, i7=3)
+    result = evaluate({"a": p, "b": r}, {"a": r, "b": r})
+    assert [e["structure"] for e in result.summary] == ["node", "node (2)", "node (2) (3)", "mean"]
+    assert [e["dice"]["mean"] for e in result.summary[:3]] == [1, 0.5, 1]
+    unnamed = lines({1: "label 1", 2: "label 2"}, i1=1, i4=2)
+    swapped = lines({2: "node"}, i4=2)
+    named = lines({1: "node"}, i1=1)
+    mixed = evaluate({"a": unnamed, "b": named, "c": swapped}, {"a": unnamed, "b": named, "c": swapped})
+    keys = [(row["case"], row["structure"]) for row in mixed.rows]
+    assert len(set(keys)) == len(keys)
+    assert [row["structure"] for row in evaluate(p, r, structures={1: "x", 2: "x"}).rows] == ["x", "x (2)"]
+
+
 def test_overlapping_layers_and_probabilities():
     layers = np.zeros((2, *GRID.shape), bool)
     layers[0, 2:9], layers[1, 5:12] = True, True
