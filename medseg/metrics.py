@@ -42,7 +42,6 @@ Missing = Literal["diagonal", "nan"]
 SLAB = 1 << 17  # voxels looked at together: small enough for the cache
 LARGEST_LABEL = 1 << 20
 HOST = "cpu"  # tensors on any other device stay there
-DISTANCES = ("hd_mm", "hd95_mm", "assd_mm", "nsd")
 SLACK_MM = 1e-4  # distances are float32: 3 x 0.8 mm must count as within a tolerance of 2.4 mm
 
 
@@ -152,7 +151,7 @@ def surface_scores(
     spacing : sequence of float (mm)
         Distance between voxels along each axis.
     tolerance_mm : float (mm)
-        Tolerance t of the normalised surface Dice.
+        Tolerance t of the normalised surface Dice, at least 0.
     definition : {"voxel", "pooled", "area"}
         What a surface is and how HD95 joins both directions. With elements x_i of weight w_i on the surface P of the
         prediction and y_j of weight v_j on that of the reference, R, directed distances a_i = min_j |x_i - y_j| and
@@ -187,7 +186,7 @@ def surface_scores(
     .. [3] Taha & Hanbury, BMC Med Imaging 2015, doi:10.1186/s12880-015-0068-x
     """
     prediction, reference = _label_pair(prediction, reference)
-    _require_spacing(spacing, prediction.ndim)
+    _require_lengths(spacing, prediction.ndim, tolerance_mm)
     _, box = _scan(prediction, reference, (1,))
     return _surface(prediction, reference, 1, box[0], spacing, tolerance_mm, definition, missing)
 
@@ -262,13 +261,13 @@ def structure_scores(
     options = (spacing, tolerance_mm, definition, missing)
     if labels is not None:
         prediction, reference = _label_pair(prediction, reference)
-        _require_spacing(spacing, prediction.ndim)
+        _require_lengths(spacing, prediction.ndim, tolerance_mm)
         matrix, boxes = _scan(prediction, reference, labels)
         counts = _overlap(matrix)
         if surface:
             scores = [_surface(prediction, reference, n, box, *options) for n, box in zip(labels, boxes, strict=True)]
     else:
-        _require_spacing(spacing, prediction.ndim - 1)
+        _require_lengths(spacing, prediction.ndim - 1, tolerance_mm)
         parts = []
         for p, r in _layer_pairs(prediction, reference):
             matrix, boxes = _scan(p, r, (1,))
@@ -300,9 +299,11 @@ def structure_boxes(prediction: Labels, reference: Labels, labels: Sequence[int]
 # Checks, and the pass over the voxels
 
 
-def _require_spacing(spacing: Sequence[float], axes: int) -> None:
+def _require_lengths(spacing: Sequence[float], axes: int, tolerance_mm: float) -> None:
     if len(spacing) != axes or not all(np.isfinite(s) and s > 0 for s in spacing):
         raise ValueError(f"spacing must be {axes} positive numbers (mm), got {tuple(spacing)}")
+    if not tolerance_mm >= 0:  # NaN is refused, too
+        raise ValueError(f"tolerance_mm must be 0 or more (mm), got {tolerance_mm}")
 
 
 def _label_pair(prediction: Labels, reference: Labels) -> tuple[Labels, Labels]:

@@ -425,3 +425,14 @@ def test_bad_spacing(spacing):
         metrics.surface_scores(mask, mask, spacing)
     with pytest.raises(ValueError, match="definition must be 'voxel'"):
         metrics.surface_scores(mask, mask, (1, 1, 1), definition="mesh")
+
+
+@pytest.mark.parametrize("tolerance", [-0.5, np.nan])
+def test_bad_tolerance(tolerance):
+    mask = np.ones((3, 4, 5), bool)
+    with pytest.raises(ValueError, match=r"tolerance_mm must be 0 or more \(mm\), got"):
+        metrics.surface_scores(mask, mask, (1, 1, 1), tolerance_mm=tolerance)
+    for labels, maps in (([1], mask.astype(np.uint8)), (None, mask[None])):
+        with pytest.raises(ValueError, match=r"tolerance_mm must be 0 or more \(mm\), got"):
+            metrics.structure_scores(maps, maps, labels, (1, 1, 1), tolerance_mm=tolerance)
+    assert metrics.surface_scores(mask, mask, (1, 1, 1), tolerance_mm=0).nsd == 1
