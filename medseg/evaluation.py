@@ -25,6 +25,7 @@ from medseg.volume import Structure
 __all__ = ["Evaluation", "Lesions", "Surface", "evaluate", "score_case"]
 
 MOST_WORKERS = 8  # cases scored at a time, one per processor; each holds its two label maps in memory
+UNEXPECTED = (RuntimeError, MemoryError, ArithmeticError, LookupError)  # of one case, which does not end the others
 NOTHING_DRAWN = "reference must hold a structure to be scored by labels_present, got none"
 
 
@@ -120,6 +121,8 @@ def _score_all(
             return score(case, pair)
         except (ValueError, TypeError, OSError) as error:
             return _failure(case, str(error))
+        except UNEXPECTED as error:
+            return _failure(case, f"{type(error).__name__}: {error}".removesuffix(": "))
 
     rows: dict[str, CaseRows] = {}
     with ThreadPoolExecutor(min(MOST_WORKERS, os.cpu_count() or 1)) as pool:

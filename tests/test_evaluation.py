@@ -240,6 +240,30 @@ def test_a_structure_in_some_cases_only_is_counted(tmp_path):
     assert [(e["n"], e["n_defined"]) for e in kept.summary] == [(2, 2), (1, 1), (2, 2)]
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("no kernel"), "RuntimeError: no kernel"),
+        (MemoryError(), "MemoryError"),
+        (KeyError("x"), "KeyError: 'x'"),
+        (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_what_nobody_expects_ends_one_case_only(monkeypatch, error, reason):
+    score = evaluation.score
+
+    def unlucky(case, *sides, **more):
+        if case == "case_1":
+            raise error
+        return score(case, *sides, **more)
+
+    monkeypatch.setattr(evaluation, "score", unlucky)
+    p, r = ({f"case_{n}": label_map(n + seed) for n in range(3)} for seed in (0, 10))
+    result = evaluate(p, r)
+    assert [(row["case"], row["error"]) for row in result.failed] == [("case_1", reason)]
+    assert result.summary[0]["n"] == 2
+
+
 def empty_pairs(n_empty: int, n_full: int, named: bool) -> tuple[dict[str, LabelMap], dict[str, LabelMap]]:
     """Predictions with one more lesion than the reference in the full cases."""
     array = np.zeros(GRID.shape, np.uint8)
