@@ -31,7 +31,9 @@ from medseg.volume import Geometry, LabelMap
 try:
     import panoptica
     from panoptica.metrics import MetricMode
-except ModuleNotFoundError:
+except ModuleNotFoundError as error:
+    if error.name != "panoptica":  # installed, yet broken
+        raise
     panoptica = None
 
 SPACING = (0.8, 0.8, 1.5)
