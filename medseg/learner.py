@@ -194,7 +194,7 @@ class Learner:
                         self._checkpoint()
                     if self.step and progress >= 1:
                         break
-                    if self.stop_asked:
+                    if self._of_first(self.stop_asked):  # all processes stop at the same step
                         self._stop()
                     begin = time.monotonic()
                     batch = ahead.result()

@@ -102,10 +102,14 @@ def train(config: TrainConfig, plan: Plan | None = None, *, cache: Path | None =
         )
         with _memory_explained(run, str(device)):
             learner.fit()
-        _finish(run, fabric, precision, scores)
-        if fabric.is_global_zero and training != validation:
-            left = 60 * config.minutes - learner.elapsed_s if config.minutes else math.inf
-            log.info("postprocessing %s", choose_postprocessing(run, str(fabric.device), seconds=left).reason)
+        try:
+            _finish(run, fabric, precision, scores)
+            if fabric.is_global_zero and training != validation:
+                left = 60 * config.minutes - learner.elapsed_s if config.minutes else math.inf
+                log.info("postprocessing %s", choose_postprocessing(run, str(fabric.device), seconds=left).reason)
+        except KeyboardInterrupt:
+            log.warning("stopped after the last step; the same command with --resume makes the rest")
+            raise
     fabric.barrier()
     if folder == run.path / "cache" and fabric.is_global_zero:
         shutil.rmtree(folder)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# Two workers with two threads each on two cores wait for one another: a test of seconds takes minutes. Networks here are
+# tiny; one thread is the fastest in any case. Processes that tests start inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"  # before anything imports torch
+
 import numpy as np
 import pytest
 from hypothesis import settings

@@ -165,19 +165,24 @@ def test_ctrl_c_stops_the_children_after_a_checkpoint(root: Path, tmp_path: Path
     tiny.plan().save(tmp_path / "plan.json")
     settings = config(root, out=out, epochs=5000, plan=tmp_path / "plan.json")
     script = (
-        "import sys; from medseg.config import TrainConfig; from medseg.cross_validation import train_folds\n"
+        "import signal, sys; from medseg.config import TrainConfig; from medseg.cross_validation import train_folds\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background jobs of a shell are born ignoring it
         "train_folds(TrainConfig.model_validate_json(sys.argv[1]))"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", script, settings.model_dump_json()], stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 120
-    while not (out / "fold0" / "checkpoint.safetensors").is_file():
-        assert parent.poll() is None and time.monotonic() < deadline
-        time.sleep(0.2)
-    children = [int(c) for c in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()]
-    parent.send_signal(signal.SIGINT)
-    _, said = parent.communicate(timeout=120)
+    try:
+        deadline = time.monotonic() + 300
+        said_of_fold = out / "fold0.log"
+        while not (said_of_fold.is_file() and "expecting" in said_of_fold.read_text()):
+            assert parent.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        children = [int(c) for c in Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()]
+        parent.send_signal(signal.SIGINT)
+        _, said = parent.communicate(timeout=120)
+    finally:
+        parent.kill()  # its child ends with it
     assert parent.returncode != 0
     assert "go on with the same command and --resume" in said
     for child in children:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,8 @@ import medseg
 from medseg import learner
 learner.CHECKPOINT_S = 0.0
 config = medseg.TrainConfig.make(
-    dataset={dataset!r}, out={out!r}, epochs=2, folds=3, device="cpu", learning_rate=0.01, seed=4, resume={resume}
+    dataset={dataset!r}, out={out!r}, epochs=2, folds=3, device="cpu", learning_rate=0.01, seed=4, precision="32-true",
+    resume={resume},
 )
 medseg.train(config, tiny.plan())
 """
@@ -42,16 +44,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(dataset: Path, out: Path, **changes: object) -> TrainConfig:
-    values = {
-        "dataset": dataset,
-        "out": out,
-        "epochs": 2,
-        "folds": 3,
-        "device": "cpu",
-        "learning_rate": 0.01,
-        "seed": 4,
-    }
-    return TrainConfig.make(**{**values, **changes})
+    return tiny.config(dataset, out, **{"seed": 4, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +74,10 @@ def test_killed_at_any_step_it_resumes_to_the_same_losses_and_weights(
     out = tmp_path / "run"
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on their number
     child = subprocess.Popen([sys.executable, "-c", script(dataset, out)], env=environment, stderr=subprocess.PIPE)
-    until = time.monotonic() + 120
-    while not (out / "checkpoint.previous.safetensors").is_file() and time.monotonic() < until:
+    until = time.monotonic() + 300
+    while not ((out / "checkpoint.safetensors").is_file() and Run.open(out).load_checkpoint()[1]["step"] >= 5):
+        assert child.poll() is None and time.monotonic() < until
         time.sleep(0.005)
-    time.sleep(0.3)  # somewhere in the middle
     child.send_signal(signal.SIGKILL)
     child.communicate()
     assert child.returncode == -signal.SIGKILL
@@ -203,18 +196,28 @@ def test_parts_of_a_batch_take_less_memory_and_nearly_the_same_step(dataset: Pat
     assert four != one
 
 
+def spoil(monkeypatch: pytest.MonkeyPatch, call: int, how: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Do something to the loss of one call of it, counted from 1."""
+    forward, calls = learner.DeepSupervision.forward, []
+
+    def once(self: learner.DeepSupervision, *inputs: object) -> torch.Tensor:
+        calls.append(1)
+        loss: torch.Tensor = forward(self, *inputs)  # type: ignore[arg-type]
+        return how(loss) if len(calls) == call else loss
+
+    monkeypatch.setattr(learner.DeepSupervision, "forward", once)
+
+
+def infinite_gradient(loss: torch.Tensor) -> torch.Tensor:
+    loss.register_hook(lambda g: g * float("inf"))
+    return loss
+
+
 class TestLossThatIsNotFinite:
     def test_it_goes_back_and_on_with_half_the_rate(
         self, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        forward, calls = learner.DeepSupervision.forward, []
-
-        def once(self: learner.DeepSupervision, *inputs: object) -> torch.Tensor:
-            calls.append(1)
-            loss: torch.Tensor = forward(self, *inputs)  # type: ignore[arg-type]
-            return loss * float("nan") if len(calls) == 12 else loss
-
-        monkeypatch.setattr(learner.DeepSupervision, "forward", once)
+        spoil(monkeypatch, 12, lambda loss: loss * float("nan"))
         with caplog.at_level(logging.WARNING):
             run = medseg.train(config(dataset, tmp_path / "run"), tiny.plan())
         assert "loss was nan at step 11: back to step" in caplog.text
@@ -225,16 +228,7 @@ class TestLossThatIsNotFinite:
     def test_gradients_too(
         self, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
-        forward, calls = learner.DeepSupervision.forward, []
-
-        def once(self: learner.DeepSupervision, *inputs: object) -> torch.Tensor:
-            calls.append(1)
-            loss: torch.Tensor = forward(self, *inputs)  # type: ignore[arg-type]
-            if len(calls) == 5:
-                loss.register_hook(lambda g: g * float("inf"))
-            return loss
-
-        monkeypatch.setattr(learner.DeepSupervision, "forward", once)
+        spoil(monkeypatch, 5, infinite_gradient)
         with caplog.at_level(logging.WARNING):
             run = medseg.train(config(dataset, tmp_path / "run", epochs=1), tiny.plan())
         assert "back to step" in caplog.text

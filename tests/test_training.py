@@ -25,16 +25,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(dataset: Path, out: Path, **changes: object) -> TrainConfig:
-    values = {
-        "dataset": dataset,
-        "out": out,
-        "epochs": 4,
-        "folds": 3,
-        "precision": "32-true",
-        "device": "cpu",
-        "learning_rate": 0.01,
-    }
-    return TrainConfig.model_validate({**values, **changes})
+    return tiny.config(dataset, out, **{"epochs": 4, **changes})
 
 
 @pytest.fixture(scope="session")
