@@ -20,8 +20,9 @@ from tyro.conf import FlagCreatePairsOff
 
 import medseg
 from medseg.cli.data import check, convert, info, plan
-from medseg.cli.masks import evaluate, refine
+from medseg.cli.masks import evaluate
 from medseg.cli.models import demo, predict, train
+from medseg.cli.refine import refine
 from medseg.cli.show import say, show_warning
 from medseg.config import explained
 
