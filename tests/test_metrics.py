@@ -15,7 +15,7 @@ from scipy import ndimage
 from scipy.spatial.distance import cdist
 from skimage import measure
 
-from medseg import metrics, surface
+from medseg import label_counts, metrics, surface
 
 SIDES = (("gt_to_pred", "gt"), ("pred_to_gt", "pred"))  # of surface-distance
 
@@ -279,9 +279,9 @@ def test_overlap_equals_counting(shape, seed, dtype, on_device_path):
         table = np.zeros(9, np.intp)
         table[labels] = np.arange(1, 5)
         tensors = [torch.as_tensor(x.astype(np.int64)) for x in (p, r)]
-        matrix, boxes = metrics._scan_device(*tensors, table, 5)
+        matrix, boxes = label_counts._scan_device(*tensors, table, 5)
     else:
-        matrix, boxes = metrics._scan(np.asfortranarray(p), r, labels)
+        matrix, boxes = label_counts.scan(np.asfortranarray(p), r, labels)
     assert matrix.sum() == p.size
     for n, label in enumerate(labels, 1):
         for m, other in enumerate(labels, 1):
@@ -341,9 +341,9 @@ def test_what_runs_on_a_gpu_gives_the_same_rows(definition, monkeypatch):
     p[0, 0, 0], spacing = 7, (0.9, 1.4, 2.0)
     labels = [1, 3, 7, 9]
     host = metrics.structure_scores(p, r, labels, spacing, definition=definition)
-    monkeypatch.setattr(metrics, "HOST", "none")
+    monkeypatch.setattr(label_counts, "HOST", "none")
     tensors = torch.as_tensor(p), torch.as_tensor(r)
-    monkeypatch.setattr(metrics, "_scan_host", None)  # would fail
+    monkeypatch.setattr(label_counts, "_scan_host", None)  # would fail
     monkeypatch.setattr(surface, "_nearest", None)
     layers = [torch.stack([x == n for n in labels]) for x in tensors]
     for device in (
@@ -357,7 +357,7 @@ def test_what_runs_on_a_gpu_gives_the_same_rows(definition, monkeypatch):
 @pytest.mark.parametrize("host", ["cpu", "none"])
 def test_label_beyond_the_type_of_a_map_is_missing_there(host, monkeypatch):
     """300 is 44 modulo 256: a map of uint8 that holds 44 does not hold 300."""
-    monkeypatch.setattr(metrics, "HOST", host)
+    monkeypatch.setattr(label_counts, "HOST", host)
     p, r = torch.zeros(8, 7, 5, dtype=torch.uint8), torch.zeros(8, 7, 5, dtype=torch.int16)
     p[2:5, 1:4, 1:3], r[2:5, 1:4, 1:3] = 44, 300
     for pair in ((p, r), (r, p)):
@@ -423,8 +423,20 @@ def test_bad_spacing(spacing):
     mask = np.ones((3, 4, 5), bool)
     with pytest.raises(ValueError, match="spacing must be 3 positive numbers"):
         metrics.surface_scores(mask, mask, spacing)
-    with pytest.raises(ValueError, match="definition must be 'voxel'"):
-        metrics.surface_scores(mask, mask, (1, 1, 1), definition="mesh")
+
+
+@pytest.mark.parametrize("more", [{"definition": "mesh"}, {"missing": "zero"}])
+@pytest.mark.parametrize("full", [True, False])
+def test_bad_rules(more, full):
+    """Refused whether there is a surface or not."""
+    mask = np.full((3, 4, 5), full)
+    ((name, value),) = more.items()
+    for score in (
+        metrics.surface_scores,
+        lambda p, r, s, **m: metrics.structure_scores(p[None], r[None], None, s, **m),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be one of .*, got '{value}'"):
+            score(mask, mask, (1, 1, 1), **more)
 
 
 @pytest.mark.parametrize("tolerance", [-0.5, np.nan])
