@@ -61,6 +61,8 @@ class PromptableModel(nn.Module):
         self.size, self.prompts = layout.size, layout.prompts
         self.image_encoder = layout.encoder(layout.size, layout.channels)
         self.prompt_encoder, self.mask_decoder = decoders(layout)
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.tensor(layout.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(layout.std).view(3, 1, 1), persistent=False)
         self.image_encoder.requires_grad_(False)
@@ -165,12 +167,13 @@ class PromptableModel(nn.Module):
         """
         given = {"box": boxes, "point": points, "mask": masks}
         self._require(embeddings, image_of, given, point_labels)
-        logits, scores = [], []
-        for part in image_of.split(AT_ONCE) if len(image_of) else [image_of]:
-            start = sum(len(s) for s in scores)
-            some_of = {k: None if t is None else t[start : start + len(part)] for k, t in given.items()}
-            labels = None if point_labels is None else point_labels[start : start + len(part)]
-            low, score = self._decode(embeddings, part, image_size, some_of, labels)
+        logits: list[Tensor] = [embeddings.new_zeros((0, 1, *image_size), dtype=torch.float32)]
+        scores: list[Tensor] = [embeddings.new_zeros(0, dtype=torch.float32)]
+        for start in range(0, len(image_of), AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            some_of = {k: None if t is None else t[part] for k, t in given.items()}
+            labels = None if point_labels is None else point_labels[part]
+            low, score = self._decode(embeddings, image_of[part], image_size, some_of, labels)
             logits.append(self._on_image(low, image_size))
             scores.append(score)
         return torch.cat(logits), torch.cat(scores)

@@ -80,14 +80,14 @@ class TinyEncoder(nn.Module):
             from timm.models.tiny_vit import ConvNorm, TinyVit
         except ModuleNotFoundError as problem:
             raise ValueError("TinyViT encoders must have timm, got none; pip install 'medseg[sam]'") from problem
-        body = TinyVit(
+        body: Any = TinyVit(
             num_classes=0, embed_dims=widths, depths=depths, num_heads=heads, window_sizes=windows, drop_path_rate=0
         )
         self.patch_embed, self.stages = body.patch_embed, body.stages
         if not reduce:
             self.patch_embed.conv1 = ConvNorm(3, widths[0] // 2, 1, 1, 0)
             self.patch_embed.conv2 = ConvNorm(widths[0] // 2, widths[0], 1, 1, 0)
-        self.stages[-1].downsample.conv2.conv.stride = (1, 1)
+        body.stages[-1].downsample.conv2.conv.stride = (1, 1)
         norm = _sam_parts().image_encoder.LayerNorm2d
         self.neck = nn.Sequential(
             nn.Conv2d(widths[-1], channels, 1, bias=False),
