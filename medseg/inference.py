@@ -24,7 +24,7 @@ from medseg.plan import Plan
 from medseg.postprocessing import Postprocessing
 from medseg.run import Run
 from medseg.sliding_window import Slab, sliding_logits_slabs
-from medseg.transforms import preprocessing
+from medseg.transforms import grey_as_color, preprocessing
 from medseg.volume import Geometry, LabelMap, Volume
 
 __all__ = ["Predictor", "predict"]
@@ -206,6 +206,8 @@ class Predictor:
         """The image (C, I, J, K) on the planned grid; channels that are missing are zero, as in training."""
         planned = self.plan.channels
         names = [c.name for c in planned]
+        if channels is None:
+            image = replace(image, array=grey_as_color(image.array, planned))
         if channels is None and image.channels != len(names):
             raise ValueError(
                 f"image must have {len(names)} channels as planned, got {image.channels}; name those that are given "

@@ -15,6 +15,7 @@ from scipy import ndimage
 
 from medseg.data import Case
 from medseg.io import read, read_labels
+from medseg.io.picture import UNCLEAR, unclear_share
 from medseg.volume import Geometry, LabelMap, Volume, present_labels
 
 __all__ = ["CaseFacts", "Finding", "LabelFile", "inspect", "read_label_file"]
@@ -240,11 +241,12 @@ def _whole_numbers(facts: CaseFacts, label: LabelFile, name: str) -> Array | Non
     """Labels as integers, with findings on how they are stored; None where the values are no labels."""
     values = label.values
     if label.is_lossy:
-        between = int(((values > 0) & (values < values.max(initial=0))).sum())
-        detail = (
-            f"{name} is a JPEG: {between} voxels ({100 * between / values.size:.1f} %) hold neither 0 nor the maximum"
-        )
-        facts.add("error", "lossy label", detail, "--fix cuts at 128 and writes a PNG")
+        unclear = unclear_share(values)
+        detail = f"{name} is a JPEG: {100 * unclear:.3f} % of the voxels are neither black nor white"
+        remedy = "it is read as a mask, cut at 128; --fix writes that as a PNG"
+        if unclear > UNCLEAR:
+            remedy = "draw it again as a PNG with one number per structure; --fix cuts at 128, which may be wrong here"
+        facts.add("error" if unclear > UNCLEAR else "warning", "lossy label", detail, remedy)
         return np.asarray(values >= 128).astype(np.uint8)
     if not np.issubdtype(values.dtype, np.floating):
         return values.astype(np.uint8) if values.dtype == bool else values

@@ -27,11 +27,14 @@ from medseg.network_plan import (
     parse_bytes,
     widths,
 )
-from medseg.plan_record import ANY, FORMAT, ChannelPlan, Plan, StructurePlan
+from medseg.plan_channels import choose_channels
+from medseg.plan_record import ANY, FORMAT, ChannelPlan, Plan, StructurePlan, chosen_setting
 from medseg.plan_structures import choose_mirror, choose_structures, united
 from medseg.probe import fastest_precision, step_seconds
 
-__all__ = ["ANY", "FORMAT", "ChannelPlan", "Plan", "StructurePlan", "make_plan", "smaller_plan", "united"]
+__all__ = [
+    "ANY", "FORMAT", "ChannelPlan", "Plan", "StructurePlan", "chosen_setting", "make_plan", "smaller_plan", "united",
+]  # fmt: skip
 
 CPU_BATCH_VOXELS = 360_000  # about half a second a step on two cores at 16 to 128 features
 GPU_BATCH_VOXELS = 4_000_000
@@ -46,8 +49,6 @@ FEW_STEPS = 300  # a training of fewer halves its batch
 MANY_STEPS = 3000  # that a wider network must have
 FEW_SLICES = 8  # a stack of fewer is trained slice by slice
 THICK_SLICES = 10.0  # and so are slices that many times as thick as their voxels are wide
-BLANK = 0.25  # share of an image at its lowest value from which that counts as outside the body
-BLANK_INSIDE = 0.005  # unless so many of the structures' own voxels hold it
 
 
 def make_plan(
@@ -58,7 +59,7 @@ def make_plan(
     device: str = "cpu",
     memory: str | None = None,
     minutes: float | None = None,
-    spacing: tuple[float, float, float] | None = None,
+    spacing: Sequence[float | None] | None = None,
     overlapping: bool = False,
     workers: int = 2,
     progress: Callable[[int], None] | None = None,
@@ -81,8 +82,9 @@ def make_plan(
     minutes : float, optional
         Time there will be. A short training takes smaller batches, a long one a wider network where the machine is fast
         enough for it, by timing a few steps.
-    spacing : (3,) tuple of float (mm), optional
-        Spacing along the axes of the planned orientation, instead of the median; coarser is faster.
+    spacing : (3,) sequence of float or None (mm), optional
+        Spacing along the axes of the planned orientation, instead of the median; coarser is faster. Patch, batch and
+        poolings are fitted to it. None leaves an axis as it would be planned; slices of a 2D network stay as they are.
     overlapping : bool
         Whether each structure gets a sigmoid of its own even if the labels exclude each other.
     workers : int
@@ -109,13 +111,12 @@ def make_plan(
     looks = fingerprint(cases, united=is_united, workers=workers, progress=progress)
     reasons: dict[str, str] = {}
     structures, overlapping = choose_structures(looks, dataset, overlapping, reasons)
-    channels = _choose_normalisation(looks, dataset, reasons)
+    channels = choose_channels(looks, dataset, reasons)
     model = _choose_model(looks, model, reasons)
     dims = MODELS[model].dims
     orientation, planned, shape = _choose_grid(looks, dims, reasons)
     if spacing is not None:
-        shape = tuple(max(1, round(n * (p or s) / s)) for n, p, s in zip(shape, planned, spacing, strict=True))  # type: ignore
-        planned = (spacing[0], spacing[1], spacing[2] if dims == 3 else None)
+        shape, planned = _as_asked(shape, planned, spacing, dims)
         reasons["spacing"] = "asked for"
     mirror, swaps = choose_mirror(structures, dims, orientation, reasons)
     base = {
@@ -151,6 +152,18 @@ def smaller_plan(plan: Plan, share: float = 0.7) -> tuple[Plan, str]:
     small, shrunk = fit_memory(network, spacing, plan.precision, int(share * step) + WORKSPACE_BYTES)
     changed = {n: getattr(small, n) for n in ("patch", "batch", "features", "strides", "kernels")}
     return plan.model_copy(update=changed), ", ".join(shrunk)
+
+
+def _as_asked(
+    shape: Sequence[int], planned: Sequence[float | None], spacing: Sequence[float | None], dims: int
+) -> tuple[tuple[int, ...], tuple[float | None, ...]]:
+    """Median shape and spacing, where the spacing is given."""
+    if len(spacing) != 3 or any(s is not None and not 0 < s < math.inf for s in spacing):
+        raise ValueError(f"spacing must be three positive numbers in mm, got {list(spacing)}")
+    axes = enumerate(zip(planned, spacing, strict=True))
+    new = tuple(p if s is None or axis >= dims else float(s) for axis, (p, s) in axes)
+    sizes = tuple(max(1, round(n * (p or 1) / (s or p or 1))) for n, p, s in zip(shape, planned, new, strict=True))
+    return sizes, new
 
 
 def _choose_model(looks: Sequence[CaseFingerprint], model: str | None, reasons: dict[str, str]) -> str:
@@ -352,51 +365,3 @@ def _explained_network(sketch: _Sketch, network: Network) -> dict[str, str]:
         "strides": f"{len(network.strides)} poolings, until an edge would fall below {MIN_EDGE} voxels",
         "kernels": "3 along axes within a factor of 2 of the finest spacing, 1 across thicker slices",
     }
-
-
-def _choose_normalisation(
-    looks: Sequence[CaseFingerprint], dataset: Dataset, reasons: dict[str, str]
-) -> tuple[ChannelPlan, ...]:
-    count = len(looks[0].samples)
-    for look in looks:
-        if len(look.samples) != count:
-            raise ValueError(
-                f"images must have {count} channels as {looks[0].id} has, got {len(look.samples)} in {look.id}; list "
-                "those of one kind in a CSV"
-            )
-    names = dataset.channels if len(dataset.channels) == count else tuple(f"channel {c}" for c in range(count))
-    plans, why = [], []
-    for c, name in enumerate(names):
-        having = [look for look in looks if look.present[c]]
-        if not having:
-            raise ValueError(f"channels must be there in at least one training case, got none of {name}; leave it out")
-        values = np.concatenate([look.samples[c] for look in having])
-        mean, std = float(values.mean()), float(values.std()) or 1.0
-        declared = name.strip().lower()
-        looks_ct = all(look.modality == "CT" or (look.integers and look.lowest <= -900) for look in looks)
-        if declared in ("ct", "cbct") or (declared in ("image", f"channel {c}") and looks_ct):
-            low, high = (float(v) for v in np.percentile(values, (0.5, 99.5)))
-            inside = np.clip(values, low, high)
-            mean, std = float(inside.mean()), float(inside.std()) or 1.0
-            plans.append(ChannelPlan(name=name, scheme="ct", low=low, high=high, mean=mean, std=std))
-            why.append(
-                f"{name}: CT, clipped to the 0.5 to 99.5 percentiles of the foreground ({low:.0f} to {high:.0f} HU)"
-            )
-        elif count == 3 and all(look.picture and look.integers for look in looks):
-            plans.append(ChannelPlan(name=name, scheme="color", mean=mean, std=std))
-            why.append(f"{name}: colour, by mean and spread of the training set")
-        else:
-            blank = float(np.median([look.blank for look in having]))
-            masked = blank > BLANK and float(np.median([look.blank_inside for look in having])) < BLANK_INSIDE
-            plans.append(ChannelPlan(name=name, scheme="zscore", masked=masked))
-            why.append(f"{name}: no fixed unit, by each image's own mean and spread within 0.5 to 99.5 percentiles")
-            if masked:
-                why[-1] += f", of the voxels above the lowest value ({100 * blank:.0f} % of an image are blank)"
-        if len(having) < len(looks):
-            why[-1] += f", missing in {len(looks) - len(having)} of {len(looks)} cases"
-    names_of: dict[str, list[str]] = {}
-    for sentence in why:
-        name, _, reason = sentence.partition(": ")
-        names_of.setdefault(reason, []).append(name)
-    reasons["channels"] = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in names_of.items())
-    return tuple(plans)

@@ -13,7 +13,7 @@ from medseg.models import MODELS, build_model
 from medseg.models.network import SegmentationNetwork
 from medseg.volume import Structure
 
-__all__ = ["ANY", "FORMAT", "ChannelPlan", "Plan", "StructurePlan", "parse_setting"]
+__all__ = ["ANY", "FORMAT", "ChannelPlan", "Plan", "StructurePlan", "chosen_setting", "parse_setting"]
 
 FORMAT = 1  # of plan and run folder; a run of another format is refused
 ANY = -1  # in the labels of a region: every value but the background and the one to be ignored
@@ -205,3 +205,9 @@ def parse_setting(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         return [parse_setting(part.strip()) for part in text.split(",")] if "," in text else text
+
+
+def chosen_setting(settings: Sequence[str], name: str) -> Any:
+    """The value of the last "name=value" among settings, None where there is none."""
+    values = [text for entry, _, text in (setting.partition("=") for setting in settings) if entry.strip() == name]
+    return parse_setting(values[-1].strip()) if values else None

@@ -22,7 +22,7 @@ from medseg.resample import resample_to, straighten
 from medseg.targets import known_structures, make_target, numbered_by_name, values_present
 from medseg.volume import Geometry, LabelMap, Volume
 
-__all__ = ["normalise", "planned_geometry", "preprocessing"]
+__all__ = ["grey_as_color", "normalise", "planned_geometry", "preprocessing"]
 
 SPACING_TOLERANCE = 0.01  # a grid within 1 % of the planned spacing is not resampled
 
@@ -42,16 +42,25 @@ def planned_geometry(native: Geometry, plan: Plan) -> Geometry:
     return grid if close else grid.with_spacing(target)
 
 
+def grey_as_color(array: np.ndarray, channels: Sequence[ChannelPlan]) -> np.ndarray:
+    """A grey picture (1, I, J, K) as (3, I, J, K) where colours are planned: its values are red, green and blue alike."""
+    is_color = len(channels) == 3 and all(c.scheme == "color" for c in channels)
+    return np.broadcast_to(array, (3, *array.shape[1:])) if is_color and len(array) == 1 else array
+
+
 def normalise(
     array: np.ndarray, channels: Sequence[ChannelPlan], case: str = "the image", missing: Collection[int] = ()
 ) -> np.ndarray:
     """Normalise the channels of an image (C, I, J, K) as planned; float32, 0 (the mean) in channels that are missing.
+
+    One grey channel stands for three that are colours.
 
     Raises
     ------
     ValueError
         If the number of channels is not the planned one, or a voxel is NaN or infinite.
     """
+    array = grey_as_color(array, channels)
     if len(array) != len(channels):
         raise ValueError(f"image must have {len(channels)} channels as planned, got {len(array)} in {case}")
     out = np.empty(array.shape, np.float32)

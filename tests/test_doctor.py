@@ -406,7 +406,7 @@ def make_pictures(root: Path, suffix: str, count: int = 6) -> Path:
 def test_lossy_masks_are_said_and_cut_at_128(tmp_path: Path) -> None:
     checkup = check(make_pictures(tmp_path / "set", ".jpg"), fix=tmp_path / "out")
     assert [(f.severity, f.what) for f in checkup.findings] == [
-        *[("error", "lossy label")] * 6,
+        *[("warning", "lossy label")] * 6,
         ("note", "unusual files"),
     ]
     assert [r.what for r in checkup.repairs] == ["cut at 128"] * 6
@@ -528,5 +528,5 @@ def test_real_pictures(data_dir: Path) -> None:
         ("note", "", "unusual files"),
     ]
     polyps = check(data_dir / "kvasir")
-    assert len(polyps.errors) == 200
-    assert {f.what for f in polyps.errors} == {"lossy label"}
+    assert polyps.errors == ()
+    assert [f.severity for f in polyps.findings if f.what == "lossy label"] == ["warning"] * 200

@@ -41,7 +41,7 @@ def test_jpeg_images_but_not_labels(tmp_path: Path) -> None:
     ours = read(tmp_path / "p.jpg")
     assert ours.geometry.spacing == (1, 1, 1)
     assert np.abs(ours.array[0, :, :, 0].T.astype(int) - pixels).max() < 12
-    with pytest.raises(ValueError, match=r"labels must be stored exactly, got the lossy JPEG .*p\.jpg; .*medseg check"):
+    with pytest.raises(ValueError, match=r"labels must be stored exactly, got the lossy JPEG .*p\.jpg, .* write a PNG"):
         read_labels(tmp_path / "p.jpg")
     with pytest.raises(ValueError, match="lossy JPEG"):
         write(LabelMap(np.zeros((3, 4, 1), np.uint8), Geometry.from_parts((3, 4, 1), (1, 1, 1))), tmp_path / "l.jpg")
@@ -199,3 +199,16 @@ def test_real_pictures(data_dir: Path) -> None:
         np.testing.assert_array_equal(ours.array[0].T, pages if pages.ndim == 3 else pages[None])
     nuclei = sorted((data_dir / "dsb2018" / "labels").glob("*.png"))[0]
     np.testing.assert_array_equal(read_labels(nuclei).array[:, :, 0].T, np.asarray(Image.open(nuclei)))
+
+
+def test_a_mask_in_black_and_white_survives_jpeg(tmp_path: Path) -> None:
+    rows, columns = np.mgrid[:90, :130]
+    mask = (rows - 40) ** 2 / 900 + (columns - 70) ** 2 / 1600 < 1
+    Image.fromarray(np.where(mask, 255, 0).astype(np.uint8)).save(tmp_path / "m.jpg", quality=95)
+    labels = read_labels(tmp_path / "m.jpg")
+    assert np.array_equal(labels.array[..., 0], mask.T)
+    assert any("cut at 128" in q for q in labels.meta["quirks"])
+    red = np.where(mask[..., None], (254, 0, 0), 0).astype(np.uint8)
+    Image.fromarray(red).save(tmp_path / "red.jpg", quality=98, subsampling=0)
+    with pytest.raises(ValueError, match="grey values or a palette"):
+        read_labels(tmp_path / "red.jpg")

@@ -17,6 +17,7 @@ import medseg
 from medseg.config import TrainConfig
 from medseg.device import pick_device
 from medseg.plan import Plan, smaller_plan
+from medseg.transforms import normalise
 from medseg.volume import Geometry, LabelMap, Structure, Volume
 
 
@@ -334,7 +335,41 @@ class TestTwoOrThreeDimensions:
         assert medseg.make_plan(medseg.load_dataset(tmp_path), model="unet3d").dims == 3
 
 
+def test_grey_pictures_among_coloured_ones_are_colours(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for name, channels in (("a", 3), ("b", 1), ("c", 1)):
+        pixels = random.integers(0, 255, (channels, 40, 56, 1)).astype(np.uint8)
+        mask = np.zeros((40, 56, 1), np.uint8)
+        mask[5:20, 9:30] = 1
+        geometry = grid((40, 56, 1), (1, 1, 1))
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "labels").mkdir(exist_ok=True)
+        medseg.write(Volume(pixels, geometry), tmp_path / "images" / f"{name}.png")
+        medseg.write(LabelMap(mask, geometry), tmp_path / "labels" / f"{name}.png")
+    dataset = medseg.load_dataset(tmp_path)
+    plan = medseg.make_plan(dataset)
+    assert [c.scheme for c in plan.channels] == ["color"] * 3
+    assert "2 of 3 images are grey" in plan.reasons["channels"]
+    grey = medseg.read(tmp_path / "images" / "b.png")
+    assert grey.channels == 1
+    ours = normalise(grey.array, plan.channels)
+    for values, channel in zip(ours, plan.channels, strict=True):
+        assert values == pytest.approx((grey.array[0].astype(float) - channel.mean) / channel.std, abs=1e-5)
+    assert len(medseg.make_plan(dataset, dataset.cases[1:]).channels) == 1
+
+
 class TestSettings:
+    def test_patch_and_poolings_follow_a_spacing_set_by_hand(self, tmp_path: Path) -> None:
+        for name in ("a", "b"):
+            write_case(tmp_path, name, grid((60, 72, 20), (0.8, 0.8, 4.0)))
+        command = ("plan", tmp_path, "--device", "cpu", "--json")
+        first = json.loads(medseg_command(*command).stdout)
+        second = json.loads(medseg_command(*command, "--set", "spacing=4,4,4", "batch=3").stdout)
+        assert (first["spacing"], second["spacing"], second["batch"]) == ([0.8, 0.8, 4.0], [4, 4, 4], 3)
+        assert first["patch"][0] >= 48 > 24 >= second["patch"][0]
+        assert first["kernels"][0] == [3, 3, 1]
+        assert second["kernels"][0] == [3, 3, 3]
+
     def test_entries_by_hand(self) -> None:
         plan = tiny.plan()
         changed = plan.with_settings(

@@ -148,10 +148,11 @@ def plan(
         if not 0 <= fold < count:
             raise ValueError(f"fold must be 0 to {count - 1}, got {fold}")
         cases = medseg.data.folds(labelled, count, split_seed)[fold][0]
+    spacing = medseg.plan.chosen_setting(set, "spacing")  # patch and poolings depend on it
     with bar("planning") as progress:
         made = medseg.make_plan(
             found, cases, model=model, device=str(medseg.device.pick_device(device)), memory=memory, minutes=minutes,
-            overlapping=overlapping, workers=workers, progress=progress,
+            spacing=spacing, overlapping=overlapping, workers=workers, progress=progress,
         )  # fmt: skip
     made = made.with_settings(set)
     if out:

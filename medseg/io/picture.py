@@ -24,11 +24,12 @@ from medseg.io.info import VolumeInfo
 from medseg.io.labels import exclusive_array, integer_labels
 from medseg.volume import Geometry, LabelMap, Volume
 
-__all__ = ["describe", "read_label_map", "read_volume", "write"]
+__all__ = ["UNCLEAR", "describe", "read_label_map", "read_volume", "unclear_share", "write"]
 
 Array = NDArray[Any]
 _TIFF, _JPEG = (".tif", ".tiff"), (".jpg", ".jpeg")
 _LARGEST_RATIO = 4096  # no compression of these formats expands more, but for JPEG's of one flat colour
+UNCLEAR = 0.01  # share of the voxels of a JPEG mask that may lie between black and white
 _SCREEN_DPI = (72, 96)  # what programs write when they know nothing
 _MM = {"mm": 1.0, "cm": 10.0, "um": 1e-3, "µm": 1e-3, "\\u00b5m": 1e-3, "micron": 1e-3, "nm": 1e-6, "inch": 25.4}
 
@@ -68,24 +69,41 @@ def read_volume(path: str | os.PathLike[str]) -> Volume:
 def read_label_map(path: str | os.PathLike[str]) -> LabelMap:
     """Read labels: the grey values, or the indices of a palette.
 
+    A JPEG holds no exact numbers, but a mask in black and white survives it: such a file is cut at 128 into 0 and 1, and
+    ``quirks`` says so.
+
     Raises
     ------
     ValueError
-        As :func:`read_volume`, and if the file is a JPEG (its values are not exact) or has colours.
+        As :func:`read_volume`, and if the file has colours, or is a JPEG where more than 1 % of the voxels lie between
+        black and white.
     """
     path = Path(path)
-    if path.suffix.lower() in _JPEG:
-        raise ValueError(
-            f"labels must be stored exactly, got the lossy JPEG {path}; threshold it with `medseg check DATASET --fix OUT`"
-        )
     picture = _read(path)
     array, quirks = picture.array, picture.quirks
+    if path.suffix.lower() in _JPEG:
+        unclear = unclear_share(array)
+        if unclear > UNCLEAR:
+            raise ValueError(
+                f"labels must be stored exactly, got the lossy JPEG {path}, where {100 * unclear:.0f} % of the voxels are "
+                "neither black nor white; write a PNG with one number per structure"
+            )
+        white = array >= 128
+        if not (white == white[:1]).all():
+            raise ValueError(f"labels must be grey values or a palette, got {len(array)} colour channels in {path}")
+        array = white[:1].astype(np.uint8)
+        quirks = (*quirks, f"mask is a lossy JPEG; cut at 128 ({100 * unclear:.3f} % of the voxels are unclear)")
     if len(array) > 1:
         if not (array == array[:1]).all():
             raise ValueError(f"labels must be grey values or a palette, got {len(array)} colour channels in {path}")
         quirks = (*quirks, "labels are stored as colours; all channels are equal")
     labels, more = integer_labels(array[0], str(path))
     return LabelMap(labels, _geometry(picture), (), {"path": str(path), "quirks": (*quirks, *more)})
+
+
+def unclear_share(values: Array) -> float:
+    """Share of voxels of an 8 bit picture that are clearly neither black nor white: 32 to 223."""
+    return float(np.mean((values >= 32) & (values < 224)))
 
 
 def describe(path: str | os.PathLike[str]) -> VolumeInfo:
