@@ -116,7 +116,7 @@ def make_plan(
     dims = MODELS[model].dims
     orientation, planned, shape = _choose_grid(looks, dims, reasons)
     if spacing is not None:
-        shape, planned = _as_asked(shape, planned, spacing, dims)
+        shape, planned = _as_asked(shape, planned, spacing)
         reasons["spacing"] = "asked for"
     mirror, swaps = choose_mirror(structures, dims, orientation, reasons)
     base = {
@@ -155,15 +155,15 @@ def smaller_plan(plan: Plan, share: float = 0.7) -> tuple[Plan, str]:
 
 
 def _as_asked(
-    shape: Sequence[int], planned: Sequence[float | None], spacing: Sequence[float | None], dims: int
-) -> tuple[tuple[int, ...], tuple[float | None, ...]]:
-    """Median shape and spacing, where the spacing is given."""
-    if len(spacing) != 3 or any(s is not None and not 0 < s < math.inf for s in spacing):
-        raise ValueError(f"spacing must be three positive numbers in mm, got {list(spacing)}")
-    axes = enumerate(zip(planned, spacing, strict=True))
-    new = tuple(p if s is None or axis >= dims else float(s) for axis, (p, s) in axes)
-    sizes = tuple(max(1, round(n * (p or 1) / (s or p or 1))) for n, p, s in zip(shape, planned, new, strict=True))
-    return sizes, new
+    shape: tuple[int, int, int], planned: tuple[float, float, float | None], asked: Sequence[float | None]
+) -> tuple[tuple[int, int, int], tuple[float, float, float | None]]:
+    """Median shape and spacing where a spacing is asked for; slices of a 2D network (None) stay as they are."""
+    if len(asked) != 3 or any(s is not None and not 0 < s < math.inf for s in asked):
+        raise ValueError(f"spacing must be three positive numbers in mm, got {list(asked)}")
+    across = None if planned[2] is None else asked[2] or planned[2]
+    new = (asked[0] or planned[0], asked[1] or planned[1], across)
+    i, j, k = (max(1, round(n * (p or 1) / (s or 1))) for n, p, s in zip(shape, planned, new, strict=True))
+    return (i, j, k), new
 
 
 def _choose_model(looks: Sequence[CaseFingerprint], model: str | None, reasons: dict[str, str]) -> str:
