@@ -1,31 +1,37 @@
-"""The label maps of many cases: which files belong together, and how they are read."""
+"""The label maps of many cases: which files belong together, and what structures a data set names."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from medseg.dataset_json import declared_labels, read_header
-from medseg.io import is_dicom, is_mask_folder, read, read_labels, supported_suffix
-from medseg.probability_maps import labels_of, layers_of
+from medseg.io import is_dicom, is_mask_folder, supported_suffix
 from medseg.volume import LabelMap
 
 __all__ = [
+    "PROBABILITIES",
     "Source",
     "Sources",
     "case_id",
     "case_pairs",
+    "declared_in",
+    "declared_names",
+    "format_rank",
+    "is_made_up",
     "is_many",
     "paired",
-    "read_pair",
-    "read_probabilities",
     "sources",
 ]
 
 Source = LabelMap | str | os.PathLike[str]
 Sources = Source | Mapping[str, Source]
-SOFT = "_probabilities"  # ends the names of files of probabilities, as predict writes them
+PROBABILITIES = "_probabilities"  # ends the names of files of probabilities, as predict writes them
+FORMATS = ((".nii.gz", ".nii"), (".nrrd", ".nhdr"), (".mha", ".mhd"))  # the first that a case has is read
+MASKS, PICTURE, SEG, RTSTRUCT, SOFT = range(len(FORMATS), len(FORMATS) + 5)  # then these
+log = logging.getLogger("medseg")
 
 
 def is_many(side: Sources) -> bool:
@@ -45,95 +51,89 @@ def case_pairs(prediction: Sources, reference: Sources) -> dict[str, tuple[Sourc
     return {name: (prediction, reference)}
 
 
-def read_pair(prediction: Source, reference: Source) -> tuple[LabelMap, LabelMap]:
-    """Both label maps; SEG and RTSTRUCT objects are put on the grid of the other side."""
-    gridless = [_takes_a_grid(source) for source in (prediction, reference)]
-    if gridless == [False, True]:
-        p = _read_prediction(prediction)[0]
-        return p, _read(reference, p)
-    r = _read(reference)
-    return _read_prediction(prediction, r if gridless[0] else None)[0], r
-
-
-def read_probabilities(prediction: Source) -> LabelMap | None:
-    """The probabilities behind a prediction, one float layer per structure, where there is a file of them.
-
-    That is the file itself, or ``<case>_probabilities.nii.gz`` beside it. Layers in a file of overlapping structures, or
-    a LabelMap, hold their probabilities themselves: None.
-    """
-    if isinstance(prediction, LabelMap) or is_dicom(prediction):
-        return None
-    beside = Path(prediction).with_name(f"{case_id(prediction)}{SOFT}.nii.gz")
-    if beside.is_file():
-        labels, soft = _read_prediction(beside)
-        return labels if soft is None and labels.is_layered else soft
-    return _read_prediction(prediction)[1]
-
-
-def _takes_a_grid(source: Source) -> bool:
-    return not isinstance(source, LabelMap) and is_dicom(source) and not is_mask_folder(source)
-
-
-def _read(source: Source, like: LabelMap | None = None) -> LabelMap:
-    return source if isinstance(source, LabelMap) else read_labels(source, like=like)
-
-
-def _read_prediction(source: Source, like: LabelMap | None = None) -> tuple[LabelMap, LabelMap | None]:
-    """The label map, and the probabilities where the file is an image of these."""
-    try:
-        return _read(source, like), None
-    except ValueError:
-        if isinstance(source, LabelMap) or is_dicom(source) or not Path(source).is_file():
-            raise
-        image = read(source)
-        inside = image.array.dtype.kind == "f" and image.array.min() > -1e-6 and image.array.max() < 1 + 1e-6
-        if not inside:
-            raise
-    return labels_of(image), layers_of(image)
-
-
 def case_id(path: str | os.PathLike[str]) -> str:
     """Name of a file without its suffix."""
-    name = Path(path).name
+    name = Path(path).absolute().name
     for suffix in (".rtstruct.dcm", ".seg.dcm", ".dcm", supported_suffix(path)):
         if suffix and name.lower().endswith(suffix):
             return name[: -len(suffix)]
     return name
 
 
+def format_rank(path: Path) -> int:
+    """Which of several files of one case is read: the lowest. NIfTI, NRRD, MetaImage, a folder of masks, a picture, a SEG,
+    an RTSTRUCT, and last probabilities; -1 for what is no label map."""
+    if path.is_dir():
+        return MASKS if is_mask_folder(path) else -1
+    suffix = supported_suffix(path)
+    if not suffix:
+        rank = RTSTRUCT if path.name.lower().endswith(".rtstruct.dcm") else SEG
+        return rank if is_dicom(path) else -1
+    if case_id(path).endswith(PROBABILITIES):
+        return SOFT
+    return next((n for n, suffixes in enumerate(FORMATS) if suffix in suffixes), PICTURE)
+
+
 def sources(side: Sources, what: str) -> dict[str, Source]:
-    """Label maps or files by case id."""
+    """Label maps or files by case id; of a case in several formats the one that :func:`format_rank` says."""
     if isinstance(side, Mapping):
         return dict(side)
     if isinstance(side, LabelMap):
         raise TypeError(f"{what} must hold many cases, got one label map")
-    kinds: tuple[dict[str, Source], ...] = ({}, {}, {})  # label maps before DICOM objects before probabilities
+    found: dict[str, dict[int, Path]] = {}
     for path in sorted(p for p in Path(side).iterdir() if not p.name.startswith(".")):
-        is_image = is_mask_folder(path) if path.is_dir() else bool(supported_suffix(path))
-        if not is_image and (path.is_dir() or not is_dicom(path)):
+        if (rank := format_rank(path)) < 0:
             continue
-        case = case_id(path)
-        is_soft = is_image and case.endswith(SOFT)
-        group, case = kinds[2 if is_soft else 0 if is_image else 1], case.removesuffix(SOFT) if is_soft else case
-        if case in group:
-            names = f"{Path(str(group[case])).name} and {path.name}"
-            raise ValueError(f"case ids must be unique in a folder, got {names} in {side}")
-        group[case] = path
-    found = {**kinds[2], **kinds[1], **kinds[0]}
+        case = case_id(path).removesuffix(PROBABILITIES) if rank == SOFT else case_id(path)
+        own = found.setdefault(case, {})
+        if rank in own:
+            raise ValueError(f"case ids must be unique in a folder, got {own[rank].name} and {path.name} in {side}")
+        own[rank] = path
     if not found:
         raise FileNotFoundError(f"{what} folder must hold label maps, got none in {side}")
-    return found
+    chosen: dict[str, Source] = {case: own[min(own)] for case, own in found.items()}
+    unread = [p.name for own in found.values() for rank, p in own.items() if min(own) < rank < SOFT]
+    if unread:
+        more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
+        log.info("%s%s not read: %s holds these cases in another format", unread[0], more, side)
+    return chosen
 
 
-def declared_names(side: Sources) -> dict[int, str]:
-    """Names of structures by number, from the dataset.json in the folder of label maps or the one above; else none."""
-    if isinstance(side, LabelMap | Mapping):
-        return {}
-    folder = Path(side) if Path(side).is_dir() else Path(side).parent
-    for root in (folder, folder.absolute().parent):
-        if header := read_header(root):
-            return declared_labels(header, root / "dataset.json").labels or {}
+def declared_names(*sides: Sources) -> dict[int, str]:
+    """Names of structures by number, from the dataset.json in the folder of label maps or the one above; else none.
+
+    The first side that has one counts.
+    """
+    for side in sides:
+        if isinstance(side, LabelMap | Mapping):
+            continue
+        folder = Path(side) if Path(side).is_dir() else Path(side).parent
+        for root in (folder, folder.absolute().parent):
+            if header := read_header(root):
+                return declared_labels(header, root / "dataset.json").labels or {}
     return {}
+
+
+def is_made_up(name: str, number: int) -> bool:
+    """Whether a structure has this name only because no file names it."""
+    return name == f"label {number}"
+
+
+def declared_in(path: str | os.PathLike[str]) -> dict[int, str]:
+    """Names of structures by number that a dataset.json declares.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no such file, or it declares none.
+    """
+    path = Path(path)
+    if path.name != "dataset.json" or not path.is_file():
+        raise FileNotFoundError(f"structures must be declared by a dataset.json, got {path}; check the name")
+    names = declared_labels(read_header(path.parent), path).labels
+    if not names:
+        raise ValueError(f'labels must be declared like {{"background": 0, "liver": 1}}, got none in {path}')
+    return names
 
 
 def paired(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medseg.calibration import probability_scores
+from medseg.case_files import declared_in, is_made_up
+from medseg.case_reading import CasePair
 from medseg.lesions import Lesions, lesion_rows, match_lesions
-from medseg.metrics import Missing, structure_boxes, structure_scores
+from medseg.metrics import Missing, require_tolerance, structure_boxes, structure_scores
 from medseg.resample import resample_to
 from medseg.scores import COLUMNS, VOLUMES, Row
 from medseg.surface import DEFAULT_DEFINITION, Definition
@@ -19,19 +22,18 @@ from medseg.volume import LabelMap, Structure, union
 
 __all__ = [
     "CaseRows",
-    "Scoring",
+    "ScoringOptions",
     "Structures",
     "Surface",
     "aligned_pair",
     "empty_row",
-    "is_made_up",
     "row_of",
     "score",
     "score_case",
 ]
 
 Array = NDArray[Any]
-Structures = Mapping[int, str] | Sequence[int | str]
+Structures = Mapping[int, str] | Sequence[int | str] | str | os.PathLike[str]
 INSTANCES = Structure(1, "instances")
 
 
@@ -42,10 +44,21 @@ class Surface:
     definition: Definition = DEFAULT_DEFINITION
     missing: Missing = "diagonal"
 
+    def __post_init__(self) -> None:
+        for name, kind in (("definition", Definition), ("missing", Missing)):
+            if (value := getattr(self, name)) not in get_args(kind):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
+
 
 @dataclass(frozen=True)
-class Scoring:
-    """What is measured, as :func:`medseg.evaluate` takes it."""
+class ScoringOptions:
+    """What is measured, as :func:`medseg.evaluate` takes it; ``declared`` are the names of a dataset.json.
+
+    Raises
+    ------
+    ValueError
+        If they are no tolerance, numbers or names, or have no meaning for instances.
+    """
 
     structures: Structures | None = None
     tolerance_mm: float = 1.0
@@ -53,20 +66,43 @@ class Scoring:
     lesions: bool | Lesions = False
     labels_present: bool = False
     resample: bool = False
+    declared: Mapping[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_tolerance(self.tolerance_mm)
+        wanted = self.structures
+        if isinstance(wanted, str | os.PathLike):
+            wanted = declared_in(wanted)
+        if isinstance(wanted, Mapping):
+            wanted = {int(n): str(name) for n, name in wanted.items()}
+        elif wanted is not None:
+            wanted = tuple(key if isinstance(key, str) else int(key) for key in wanted)
+        if wanted is not None and (not wanted or any(not isinstance(key, str) and key < 1 for key in wanted)):
+            raise ValueError(f"structures must be names, or numbers of at least 1, got {wanted or 'none'}")
+        object.__setattr__(self, "structures", wanted)
+        if self.instances and (wanted is not None or self.labels_present):
+            raise ValueError("structures and labels_present must not be given for instances, which are all of one kind")
 
     @property
     def rule(self) -> Lesions | None:
         """How lesions are counted, if they are."""
         return Lesions() if self.lesions is True else self.lesions or None
 
+    @property
+    def instances(self) -> bool:
+        """Whether label maps hold the numbers of instances."""
+        return self.rule is not None and self.rule.instances
+
     def settings(self) -> dict[str, Any]:
-        """What a reader of the numbers has to know."""
+        """What a reader of the numbers has to know; "surface" is None where no distances are measured."""
         surface = Surface() if self.surface is True else self.surface or None
-        rule = self.rule
-        found: dict[str, Any] = {}
+        found: dict[str, Any] = {"surface": None if surface is None else surface.definition}
         if surface is not None:
-            found |= {"surface": surface.definition, "missing": surface.missing, "tolerance_mm": self.tolerance_mm}
-        return found if rule is None else {**found, "lesions": asdict(rule)}
+            found |= {"missing": surface.missing, "tolerance_mm": self.tolerance_mm}
+        found |= {"labels_present": self.labels_present, "resample": self.resample}
+        if self.structures is not None:
+            found["structures"] = self.structures
+        return found if self.rule is None else {**found, "lesions": asdict(self.rule)}
 
 
 @dataclass(frozen=True)
@@ -100,52 +136,66 @@ def score_case(
     GeometryError
         If the grids differ (unless ``resample``), or surface distances are asked for on a skewed grid.
     """
-    how = Scoring(structures, tolerance_mm, surface, lesions, labels_present, resample)
-    return score(case, prediction, reference, how, known=known).structures
+    how = ScoringOptions(structures, tolerance_mm, surface, lesions, labels_present, resample)
+    return score(case, CasePair(prediction, reference), how, known=known).structures
 
 
-def score(
-    case: str,
-    prediction: LabelMap,
-    reference: LabelMap,
-    how: Scoring,
-    *,
-    known: Collection[int] | None = None,
-    soft: LabelMap | None = None,
-) -> CaseRows:
-    """Rows of one case; ``soft`` are the probabilities behind the prediction, one float layer per structure."""
-    if soft is None and prediction.is_layered and prediction.array.dtype != bool:
-        soft = prediction
-    prediction, reference = aligned_pair(case, prediction, reference, how.resample)
-    rule = how.rule
+def score(case: str, pair: CasePair, how: ScoringOptions, *, known: Collection[int] | None = None) -> CaseRows:
+    """Rows of one case.
+
+    Probabilities that cannot be used (on another grid, beyond 0..1) leave the rows without their metrics, and with the
+    reason under "note".
+    """
+    prediction, reference = aligned_pair(case, pair.prediction, pair.reference, how.resample)
     p, r = prediction, reference
-    if rule is not None and rule.instances:
+    if how.instances:
         p, r, wanted = _foreground(p), _foreground(r), [INSTANCES]
     else:
-        wanted = _chosen(prediction, reference, how.structures, how.labels_present)
+        wanted = _chosen(prediction, reference, how)
         wanted = wanted if known is None else [s for s in wanted if s.number in known]
     numbers = [s.number for s in wanted]
     rows = [row_of(case, s, v) for s, v in zip(wanted, _values(case, p, r, numbers, how), strict=True)]
     found: list[Row] = []
-    if rule is not None:
+    if how.instances:
         whole = (slice(0, None),) * 3
-        crops: Iterable[tuple[Array, Array, tuple[slice, ...]]] = _crops(p, r, numbers)
-        if rule.instances:
-            crops = [(prediction.array, reference.array, whole)]
-        for row, (mask, true_mask, box) in zip(rows, crops, strict=True):
-            match = match_lesions(mask, true_mask, reference.geometry.spacing, rule)
-            row.update(match.scores())
-            affine = np.array(reference.geometry.affine)
-            affine[:3, 3] += affine[:3, :3] @ [s.start for s in box]
-            of = {key: row[key] for key in ("case", "structure", "label")}
-            found += [{**of, **one} for one in lesion_rows(match, affine)]
-    if soft is not None and not (rule is not None and rule.instances):
-        _add_probabilities(rows, *aligned_pair(case, soft, reference, how.resample))
+        found = _add_lesions(rows, [(prediction.array, reference.array, whole)], reference, how)
+    elif how.rule is not None:
+        found = _add_lesions(rows, _crops(p, r, numbers), reference, how)
+    note, soft = pair.note, pair.probabilities
+    if soft is None and pair.prediction.is_layered and pair.prediction.array.dtype != bool:
+        soft = pair.prediction
+    if soft is not None and not how.instances:
+        try:
+            _add_probabilities(rows, *aligned_pair(f"{case} (probabilities)", soft, reference, how.resample))
+        except ValueError as problem:
+            note = str(problem)
+    if note:
+        rows = [{**row, "note": note} for row in rows]
     return CaseRows(rows, found)
 
 
+def _add_lesions(
+    rows: Sequence[Row],
+    crops: Iterable[tuple[Array, Array, tuple[slice, ...]]],
+    reference: LabelMap,
+    how: ScoringOptions,
+) -> list[Row]:
+    """Adds the metrics of lesions to the rows of the structures; rows of the lesions, from masks and their box."""
+    found: list[Row] = []
+    grid = reference.geometry
+    for row, (mask, true_mask, box) in zip(rows, crops, strict=True):
+        # only the volume of a voxel counts, which on skewed grids is not the product of the spacings
+        match = match_lesions(mask, true_mask, (1.0, 1.0, grid.voxel_mm3), how.rule)
+        row.update(match.scores())
+        affine = np.array(grid.affine)
+        affine[:3, 3] += affine[:3, :3] @ [s.start for s in box]
+        of = {key: row[key] for key in ("case", "structure", "label")}
+        found += [{**of, **one} for one in lesion_rows(match, affine)]
+    return found
+
+
 def _values(
-    case: str, prediction: LabelMap, reference: LabelMap, numbers: list[int], how: Scoring
+    case: str, prediction: LabelMap, reference: LabelMap, numbers: list[int], how: ScoringOptions
 ) -> list[dict[str, float]]:
     """Overlap, volumes and surface distances of each structure."""
     grid, surface = reference.geometry, Surface() if how.surface is True else how.surface or None
@@ -179,10 +229,13 @@ def _crops(
 
 def _add_probabilities(rows: Sequence[Row], soft: LabelMap, reference: LabelMap) -> None:
     layer_of = {s.number: n for n, s in enumerate(soft.structures)}
+    found = {}
     for row in rows:
         if (layer := layer_of.get(row["label"])) is not None:
             truth = _mask(reference, row["label"])
-            row.update(probability_scores(soft.array[layer][None], truth[None])[0])
+            found[row["label"]] = probability_scores(soft.array[layer][None], truth[None])[0]
+    for row in rows:  # when all of them are known to be probabilities
+        row.update(found.get(row["label"], {}))
 
 
 def aligned_pair(
@@ -204,14 +257,14 @@ def aligned_pair(
 
 def row_of(case: str, structure: Structure, score: Mapping[str, float]) -> Row:
     row: Row = {"case": case, "structure": structure.name, "label": structure.number}
-    row.update({key: score.get(key, np.nan) for key in COLUMNS[3:-1]})
+    row.update({key: score.get(key, np.nan) for key in COLUMNS[3:-2]})
     volume, true = (row[key] for key in VOLUMES)
     row["volume_difference_mm3"] = volume - true
     row["volume_difference"] = (volume - true) / true if true > 0 else np.nan
     return row
 
 
-def empty_row(case: str, structure: Structure, how: Scoring) -> Row:
+def empty_row(case: str, structure: Structure, how: ScoringOptions) -> Row:
     """The row of a structure that is on neither side."""
     row = row_of(case, structure, dict.fromkeys(VOLUMES, 0.0))
     if how.rule is not None:
@@ -229,10 +282,6 @@ def _foreground(labels: LabelMap) -> LabelMap:
 
 def _mask(labels: LabelMap, number: int) -> NDArray[Any]:
     return labels.mask(number) if number in labels.names else np.zeros(labels.geometry.shape, bool)
-
-
-def is_made_up(name: str, number: int) -> bool:
-    return name == f"label {number}"
 
 
 def _matched(prediction: LabelMap, reference: LabelMap) -> LabelMap:
@@ -280,26 +329,20 @@ def _renumbered(labels: LabelMap, structures: Sequence[Structure]) -> LabelMap:
     return replace(labels, array=array, structures=tuple(structures))
 
 
-def _chosen(
-    prediction: LabelMap,
-    reference: LabelMap,
-    structures: Structures | None,
-    labels_present: bool,
-) -> list[Structure]:
+def _chosen(prediction: LabelMap, reference: LabelMap, how: ScoringOptions) -> list[Structure]:
     """Structures to score, by number; names of the reference before those of the prediction, made-up names last."""
     both = sorted((*reference.structures, *prediction.structures), key=lambda s: is_made_up(s.name, s.number))
     found = {s.number: s for s in _told_apart(union(both))}
-    if isinstance(structures, Mapping):
-        found = {n: replace(found.get(n, Structure(n, name)), name=name) for n, name in structures.items()}
-    elif structures is not None:
-        by_name = {s.name: s for s in found.values()}
-        asked = [by_name.get(key) if isinstance(key, str) else found.get(key, Structure(key, f"label {key}"))
-                 for key in structures]  # fmt: skip
-        unknown = [key for key, s in zip(structures, asked, strict=True) if s is None]
+    if isinstance(how.structures, Mapping):
+        found = {n: replace(found.get(n, Structure(n, name)), name=name) for n, name in how.structures.items()}
+    elif isinstance(how.structures, Sequence):
+        number_of = {name: n for n, name in how.declared.items()} | {s.name: n for n, s in found.items()}
+        unknown = [key for key in how.structures if isinstance(key, str) and key not in number_of]
         if unknown:
-            raise ValueError(f"structures must be among {sorted(by_name)}, got {unknown}")
-        found = {s.number: s for s in asked if s is not None}
-    if labels_present:
+            raise ValueError(f"structures must be among {sorted(number_of)}, got {unknown}")
+        wanted = [number_of[str(key)] if isinstance(key, str) else int(key) for key in how.structures]
+        found = {n: found.get(n, Structure(n, how.declared.get(n, f"label {n}"))) for n in wanted}
+    if how.labels_present:
         found = {n: s for n, s in found.items() if n in reference.names and _mask(reference, n).any()}
     return _told_apart(found[n] for n in sorted(found))
 

@@ -6,18 +6,9 @@ import os
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
-from medseg.case_files import (
-    Source,
-    Sources,
-    case_pairs,
-    declared_names,
-    is_many,
-    paired,
-    read_pair,
-    read_probabilities,
-    sources,
-)
-from medseg.case_scores import CaseRows, Scoring, Structures, Surface, empty_row, is_made_up, row_of, score, score_case
+from medseg.case_files import Source, Sources, case_pairs, declared_names, is_made_up, is_many, paired, sources
+from medseg.case_reading import read_case
+from medseg.case_scores import CaseRows, ScoringOptions, Structures, Surface, empty_row, row_of, score, score_case
 from medseg.lesions import Lesions
 from medseg.scores import Evaluation, Row
 from medseg.volume import Structure
@@ -48,25 +39,29 @@ def evaluate(
     ----------
     prediction, reference : LabelMap, path, or mapping of case id to these
         Two label maps or files (NIfTI, NRRD, MHA, PNG, DICOM-SEG, RTSTRUCT, a folder of masks ``<number>_<name>``), or
-        two folders of such, which are matched by case id, the file name without its suffix; a SEG or RTSTRUCT beside an
-        image file of the same id is not read.
-    structures : mapping of number to name, or sequence of numbers or names, optional
+        two folders of such, which are matched by case id, the file name without its suffix. Of a case that a folder holds
+        in several formats one is read: NIfTI before NRRD, MetaImage, masks, a picture, SEG and RTSTRUCT.
+    structures : mapping of number to name, sequence of numbers or names, or path of a dataset.json, optional
         What to score; all structures of either label map by default. Structures whose name both sides have are matched
         by it; where no name is in common, by number. A second structure of one name is called "name (number)". Those
-        that no file names are called as dataset.json, in the folder of the references or the one above, says.
+        that no file names are called as dataset.json, in the folder of the references (or else of the predictions) or the
+        one above, says.
     tolerance_mm : float (mm)
         Tolerance of the normalised surface Dice.
     surface : bool or Surface
         Whether, and by which definition, to measure surface distances.
     lesions : bool or Lesions
         Whether, and by which rule, to count the lesions (connected components) of each structure that were found. Where
-        a prediction holds probabilities (float layers, an image of probabilities, or one beside the label map, named
-        ``<case>_probabilities.nii.gz``), soft Dice, Brier score and calibration error are measured too.
+        a prediction holds probabilities (float layers, an image of probabilities, or one beside the label map, SEG,
+        RTSTRUCT or folder of masks, named ``<case>_probabilities.nii.gz``), soft Dice, Brier score and calibration error
+        are measured too. Their channels are the background and the structures that the file names; without names, those
+        of ``structures``, dataset.json or the reference that are as many, in the order of their numbers, else 1 to n. A
+        file beside a prediction that cannot be used leaves its reason under "note".
     labels_present : bool, or mapping of case id to numbers of structures
         For partially labelled references: score in each case only the structures that its reference holds, or those
         that somebody drew in the cases named (others are scored in full).
     resample : bool
-        Put predictions on another grid onto that of the reference, instead of refusing them.
+        Put predictions, and their probabilities, on another grid onto that of the reference, instead of refusing them.
     common_only : bool
         Leave out cases that only one side has, instead of listing them as failed.
     progress : callable, optional
@@ -81,16 +76,23 @@ def evaluate(
     Raises
     ------
     ValueError
-        If two folders share no case, or the one pair given cannot be compared (GeometryError where the grids differ or,
-        for surface distances, are skewed).
+        If an option is none, two folders share no case, or the one pair given cannot be compared (GeometryError where the
+        grids differ or, for surface distances, are skewed).
     FileNotFoundError
         If there is no such file or folder.
+
+    Notes
+    -----
+    As many cases are worked on at a time as there are processors, at most 8, and let go of when done: memory is that of
+    their label maps, whatever the number of cases.
     """
     drawn = labels_present if isinstance(labels_present, Mapping) else {}
-    how = Scoring(structures, tolerance_mm, surface, lesions, labels_present is True, resample)
+    declared = declared_names(reference, prediction)
+    how = ScoringOptions(structures, tolerance_mm, surface, lesions, labels_present is True, resample, declared)
+    names = tuple(own for own in (how.structures, declared) if isinstance(own, Mapping))
 
     def scored(case: str, pair: tuple[Source, Source]) -> CaseRows:
-        return score(case, *read_pair(*pair), how, known=drawn.get(case), soft=read_probabilities(pair[0]))
+        return score(case, read_case(*pair, names), how, known=drawn.get(case))
 
     if is_many(prediction) and is_many(reference):
         pairs = paired(sources(prediction, "prediction"), sources(reference, "reference"), common_only)
@@ -100,10 +102,12 @@ def evaluate(
         found = {name: scored(name, pair)}
     rows = {case: one.structures for case, one in found.items()}
     found_lesions = [row for one in found.values() for row in one.lesions]
-    declared = declared_names(reference)
-    if how.rule is None or not how.rule.instances:
+    if not how.instances:
         _named_alike([*(row for own in rows.values() for row in own), *found_lesions], declared)
-    return Evaluation(tuple(_completed(rows, declared, drawn, how)), tuple(found_lesions), how.settings())
+    settings = how.settings() | {"common_only": common_only}
+    if drawn:
+        settings["labels_present"] = {case: sorted(numbers) for case, numbers in drawn.items()}
+    return Evaluation(tuple(_completed(rows, drawn, how)), tuple(found_lesions), settings)
 
 
 def _score_all(
@@ -155,15 +159,13 @@ def _named_alike(rows: list[Row], declared: Mapping[int, str]) -> None:
             row["structure"] = name
 
 
-def _completed(
-    rows: Mapping[str, list[Row]], declared: Mapping[int, str], drawn: Mapping[str, Collection[int]], how: Scoring
-) -> list[Row]:
+def _completed(rows: Mapping[str, list[Row]], drawn: Mapping[str, Collection[int]], how: ScoringOptions) -> list[Row]:
     """The rows with one more, undefined, for each structure that a case lacks and others have: no case gets lost.
 
     Where all cases are empty and nothing names a structure, it is the number 1.
     """
     known = {row["structure"]: row["label"] for own in rows.values() for row in own if "error" not in row}
-    known = known or {name: number for number, name in declared.items()} or {"label 1": 1}
+    known = known or {name: number for number, name in how.declared.items()} or {"label 1": 1}
     full: list[Row] = []
     for case, own in rows.items():
         present = {row["structure"] for row in own}

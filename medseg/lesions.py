@@ -144,9 +144,12 @@ class LesionMatch:
         return pair.voxels > MOSTLY * voxels
 
     def scores(self) -> dict[str, float]:
-        """The metrics of this case alone: see :func:`detection`; with the sensitivity by size."""
-        sizes = {_size_column(row["from_mm3"], row["to_mm3"]): row["lesion_sensitivity"] for row in self.by_size()}
-        return {**detection([self]), **sizes}
+        """The metrics of this case alone: see :func:`detection`; with sensitivity and lesions of the reference by size."""
+        found = detection([self])
+        for row in self.by_size():
+            for key in ("lesion_sensitivity", "reference_lesions"):
+                found[f"{key.removeprefix('lesion_')}_{_size(row['from_mm3'], row['to_mm3'])}"] = row[key]
+        return found
 
     def by_size(self) -> list[dict[str, float]]:
         """Sensitivity by size of the reference lesion: see :func:`sensitivity_by_size`."""
@@ -332,10 +335,10 @@ def sensitivity_by_size(matches: Sequence[LesionMatch]) -> list[dict[str, float]
     return rows
 
 
-def _size_column(low: float, high: float) -> str:
-    """Column of a class of size: sensitivity_to_10_mm3, sensitivity_10_to_100_mm3, sensitivity_from_1000_mm3."""
+def _size(low: float, high: float) -> str:
+    """End of the columns of a class of size: to_10_mm3, 10_to_100_mm3, from_1000_mm3."""
     ends = [f"{low:g}_" if low > 0 and high < np.inf else "", f"to_{high:g}" if high < np.inf else f"from_{low:g}"]
-    return f"sensitivity_{''.join(ends)}_mm3"
+    return f"{''.join(ends)}_mm3"
 
 
 def lesion_rows(match: LesionMatch, affine: Array) -> list[dict[str, Any]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
 import numpy as np
 
 from medseg.volume import LabelMap, Structure, Volume
 
-__all__ = ["labels_of", "layers_of", "overlap"]
+__all__ = ["labels_of", "layers_of", "overlap", "with_structures"]
 
 
 def overlap(probabilities: Volume) -> bool:
@@ -39,6 +42,24 @@ def layers_of(probabilities: Volume) -> LabelMap:
     array = np.asarray(probabilities.array)
     all_layers = len(array) == 1 or overlap(probabilities)
     return LabelMap(array if all_layers else array[1:], probabilities.geometry, _structures(probabilities))
+
+
+def with_structures(probabilities: Volume, names: Sequence[Mapping[int, str]]) -> Volume:
+    """The probabilities with the structures that the file states; where it states none, with the first names that fit.
+
+    Parameters
+    ----------
+    probabilities : Volume (C, I, J, K)
+        Channel 0 is the background, unless there is one channel alone.
+    names : sequence of mapping of number to name
+        They fit where there are as many as channels of structures, which go in the order of the numbers.
+    """
+    count = max(1, probabilities.channels - 1)
+    fitting = next((own for own in names if len(own) == count), None)
+    if probabilities.meta.get("structures") or fitting is None:
+        return probabilities
+    structures = tuple(Structure(n, fitting[n]) for n in sorted(fitting))
+    return replace(probabilities, meta={**probabilities.meta, "structures": structures})
 
 
 def _structures(probabilities: Volume) -> tuple[Structure, ...]:

@@ -50,12 +50,20 @@ METRIC_NAMES = {
     "hd_mm": "HD (mm)",
     "precision": "precision",
     "recall": "recall",
+    "soft_dice": "soft Dice",
+    "brier": "Brier",
+    "ece": "ECE",
+    "lesion_f1": "lesion F1",
+    "pq": "PQ",
     "volume_mm3": "volume (ml)",
     "reference_volume_mm3": "reference (ml)",
 }
 SHARES = ("iou", "dice", "nsd", "precision", "recall")  # between 0 and 1: drawn as a bar
 SUMMARY = ("iou", "dice", "nsd", "hd95_mm", "assd_mm")
-ROWS = ("iou", "dice", "nsd", "hd95_mm", "volume_mm3", "reference_volume_mm3")
+ROWS = (
+    "iou", "dice", "nsd", "hd95_mm", "precision", "recall", "soft_dice", "brier", "ece", "lesion_f1", "pq", "volume_mm3",
+    "reference_volume_mm3",
+)  # fmt: skip
 SIZES = ("spacing", "patch", "strides", "kernels")  # entries of a plan that are lengths along axes
 
 

@@ -341,11 +341,13 @@ def _outline(mask: Array, view: _View, geometry: Geometry) -> Outline:
 def _draw_outline(ax: Axes, outline: Outline, structure: Structure, is_reference: bool, fill: bool) -> None:
     color = tuple(c / 255 for c in structure.color)
     style: dict[str, Any] = {"edgecolor": color, "linewidth": 1.3, "zorder": 3}
-    if is_reference:
+    rim, opacity = 1.1, 0.55
+    if is_reference:  # white dashes on tissue that is white, too, are seen by their rim
         style = {"edgecolor": "white", "linestyle": (0, (2.2, 1.8)), "linewidth": 0.9, "zorder": 4}
+        rim, opacity = 1.4, 1.0
     elif fill:
         ax.add_patch(PathPatch(outline, facecolor=color, edgecolor="none", alpha=0.28))
-    halo = [withStroke(linewidth=style["linewidth"] + 1.1, foreground="black", alpha=0.55)]
+    halo = [withStroke(linewidth=style["linewidth"] + rim, foreground="black", alpha=opacity)]
     ax.add_patch(PathPatch(outline, facecolor="none", joinstyle="round", path_effects=halo, **style))
 
 

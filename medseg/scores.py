@@ -8,6 +8,7 @@ import html
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,16 +17,36 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medseg.cohort import pooled
 from medseg.distribution import distribution_picture
 from medseg.io.files import atomic_path, require_free
 
-__all__ = ["COLUMNS", "DIFFERENCES", "METRICS", "VOLUMES", "Evaluation", "Row", "require_rows", "write_rows"]
+__all__ = [
+    "COLUMNS",
+    "DIFFERENCES",
+    "FILES",
+    "METRICS",
+    "ROW_FILES",
+    "VOLUMES",
+    "Evaluation",
+    "Row",
+    "plain",
+    "require_rows",
+    "write_rows",
+]
 
 Row = dict[str, Any]
 METRICS = ("iou", "dice", "hd95_mm", "nsd", "hd_mm", "assd_mm", "precision", "recall")
 VOLUMES = ("volume_mm3", "reference_volume_mm3")
 DIFFERENCES = ("volume_difference_mm3", "volume_difference")
-COLUMNS = ("case", "structure", "label", *METRICS[:4], *VOLUMES, *METRICS[4:], *DIFFERENCES, "error")
+COLUMNS = ("case", "structure", "label", *METRICS[:4], *VOLUMES, *METRICS[4:], *DIFFERENCES, "note", "error")
+LESION_COLUMNS = (
+    "case", "structure", "label", "side", "lesion", "volume_mm3", "x_mm", "y_mm", "z_mm", "outcome", "partners", "iou",
+    "note",
+)  # fmt: skip
+TEXTS = ("label", "note", "error")  # null where there is none
+FILES = ("metrics.json", "metrics.csv", "lesions.csv", "comparison.csv")  # of an evaluation
+ROW_FILES = (".csv", ".parquet")
 OVER_STRUCTURES = "mean"
 RESAMPLES, SEED = 2000, 0
 DRAWS_AT_ONCE = 100  # of the bootstrap, so that its memory is that of a few numbers per case
@@ -42,12 +63,12 @@ class Evaluation:
         reference_volume_mm3, hd_mm, assd_mm, precision, recall, volume_difference_mm3 (prediction minus reference) and
         volume_difference (the same as a share of the reference), NaN where undefined or not measured; those of
         :func:`medseg.lesions.detection` and :mod:`medseg.calibration` where measured. A case that could not be scored is
-        one row with its reason under "error".
+        one row with its reason under "error"; one that lacks a part, such as probabilities, has that reason under "note".
     lesions : tuple of dict
         One per case, structure and lesion, of either side, where lesions were asked for: see
         :func:`medseg.lesions.lesion_rows`.
     settings : mapping
-        How distances were measured and lesions matched.
+        What was scored, and how distances were measured and lesions matched.
     """
 
     rows: tuple[Row, ...]
@@ -58,16 +79,23 @@ class Evaluation:
     def from_json(cls, text: str) -> Evaluation:
         """The inverse of :meth:`to_json`, without the lesions."""
         found = json.loads(text)
-        rows = [
-            {k: np.nan if v is None and k not in ("label", "error") else v for k, v in row.items()}
-            for row in found["cases"]
-        ]
+        rows = [{k: np.nan if v is None and k not in TEXTS else v for k, v in row.items()} for row in found["cases"]]
         return cls(tuple(rows), settings=found.get("settings", {}))
 
     @property
     def failed(self) -> tuple[Row, ...]:
         """The rows of cases that could not be scored."""
         return tuple(row for row in self.rows if "error" in row)
+
+    @property
+    def are_instances(self) -> bool:
+        """Whether label maps held the numbers of instances instead of structures."""
+        return bool((self.settings.get("lesions") or {}).get("instances", False))
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """What is missing of cases that were scored, by case."""
+        return {row["case"]: row["note"] for row in self.rows if row.get("note")}
 
     @cached_property
     def metrics(self) -> tuple[str, ...]:
@@ -78,7 +106,7 @@ class Evaluation:
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns of the rows, in the order of files."""
-        return (*COLUMNS[:-1], *self.metrics[len(METRICS) + len(DIFFERENCES) :], "error")
+        return (*COLUMNS[:-2], *self.metrics[len(METRICS) + len(DIFFERENCES) :], *COLUMNS[-2:])
 
     @cached_property
     def summary(self) -> list[dict[str, Any]]:
@@ -113,6 +141,11 @@ class Evaluation:
             table.append(entry)
         return table
 
+    @cached_property
+    def pooled(self) -> list[dict[str, Any]]:
+        """Lesions of all cases together: see :func:`medseg.cohort.pooled`."""
+        return pooled(self.rows)
+
     def mean(self, metric: str = "iou", structure: str = OVER_STRUCTURES) -> float:
         """Mean of a metric over cases, for one structure or (the mean of these) over all of them."""
         for entry in self.summary:
@@ -123,31 +156,70 @@ class Evaluation:
             f"metric must be one of {self.metrics} and structure of {names}, got {metric!r} of {structure!r}"
         )
 
-    def to_json(self) -> str:
-        """``{"cases": [rows], "summary": [...], "settings": {...}}``; NaN is null."""
+    def to_json(self, more: Mapping[str, Any] | None = None) -> str:
+        """``{"cases": [rows], "summary": [...], "settings": {...}}``; NaN is null.
+
+        With lesions, "pooled", too; and further entries where given.
+        """
+        found = {"cases": self.rows, "summary": self.summary, "settings": self.settings}
         return json.dumps(
-            _without_nan({"cases": self.rows, "summary": self.summary, "settings": self.settings}), indent=1
+            plain({**found, **({"pooled": self.pooled} if self.pooled else {}), **(more or {})}), indent=1
         )
 
     def to_pandas(self) -> Any:
-        """The rows as a pandas DataFrame (needs pandas)."""
-        import pandas  # an optional extra
+        """The rows as a pandas DataFrame.
 
-        return pandas.DataFrame(self.rows, columns=[c for c in self.columns if c != "error" or self.failed])
+        Raises
+        ------
+        ValueError
+            If pandas is not installed.
+        """
+        try:
+            import pandas  # an optional extra
+        except ImportError as error:
+            raise ValueError("a DataFrame needs pandas, got none installed; pip install pandas, or use rows") from error
+        empty = {"note"} if not self.notes else set()
+        empty |= {"error"} if not self.failed else set()
+        return pandas.DataFrame(self.rows, columns=[c for c in self.columns if c not in empty])
 
-    def write(self, folder: str | os.PathLike[str], *, force: bool = False) -> None:
-        """Write metrics.json, metrics.csv (the rows) and, where lesions were asked for, lesions.csv into a folder.
+    def write(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        comparison: Mapping[str, Sequence[Row]] | None = None,
+        force: bool = False,
+    ) -> None:
+        """Write metrics.json and metrics.csv (the rows) into a folder.
+
+        Where lesions were asked for, lesions.csv, too, and comparison.csv with a comparison of runs. metrics.json appears
+        last: where it is, the others are complete. With ``force`` none of a former evaluation stays.
+
+        Parameters
+        ----------
+        folder : path
+        comparison : mapping, optional
+            "comparison" and "ranking" of :meth:`medseg.statistics.RunComparison.as_rows`; entries of metrics.json.
+        force : bool
 
         Raises
         ------
         FileExistsError
-            If one of them exists and ``force`` is not set.
+            If one of the files, written now or not, exists and ``force`` is not set.
         """
-        with atomic_path(Path(folder) / "metrics.json", force) as path:
-            path.write_text(self.to_json() + "\n", encoding="utf-8")
-        write_rows(self.rows, Path(folder) / "metrics.csv", self.columns, force=force)
-        if self.lesions:
-            write_rows(self.lesions, Path(folder) / "lesions.csv", force=force)
+        tables: dict[str, tuple[Sequence[Row], Sequence[str] | None]] = {"metrics.csv": (self.rows, self.columns)}
+        if self.settings.get("lesions"):
+            tables["lesions.csv"] = self.lesions, LESION_COLUMNS
+        if comparison is not None:
+            tables["comparison.csv"] = comparison["comparison"], None
+        for name in FILES:
+            require_free(Path(folder) / name, force)
+        with ExitStack() as files:  # each gets its name at the end, the first last
+            path = files.enter_context(atomic_path(Path(folder) / FILES[0], force))
+            path.write_text(self.to_json(comparison) + "\n", encoding="utf-8")
+            for name, (rows, columns) in tables.items():
+                _write_csv(rows, files.enter_context(atomic_path(Path(folder) / name, force)), columns)
+        for name in set(FILES[1:]) - tables.keys():
+            (Path(folder) / name).unlink(missing_ok=True)
 
     def __repr__(self) -> str:
         cases = {row["case"] for row in self.rows} - {row["case"] for row in self.failed}
@@ -205,11 +277,13 @@ def _weighted_means(values: NDArray[Any], defined: NDArray[Any], weights: NDArra
     return np.concatenate([means, over], axis=1)
 
 
-def _without_nan(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value as JSON types: NaN is null, numbers of numpy are Python's, keys are text."""
     if isinstance(value, Mapping):
-        return {k: _without_nan(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(v) for v in value]
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(v) for v in value]
+    value = value.item() if isinstance(value, np.generic) else value
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
@@ -230,24 +304,28 @@ def write_rows(
         If the suffix is another, or Parquet is asked for and pyarrow is not installed.
     """
     require_rows(path, force)
-    columns = columns or list(dict.fromkeys(key for row in rows for key in row))
-    values = [{k: None if isinstance(v, float) and v != v else v for k, v in row.items()} for row in rows]
-    if Path(path).suffix.lower() == ".parquet":
+    with atomic_path(path, force) as temporary:
+        if Path(path).suffix.lower() == ".csv":
+            _write_csv(rows, temporary, columns)
+            return
         pyarrow, parquet = _parquet()
-        table = pyarrow.Table.from_pydict({c: [r.get(c) for r in values] for c in columns})
-        with atomic_path(path, force) as temporary:
-            parquet.write_table(table, temporary)
-        return
-    with atomic_path(path, force) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        values = [plain(row) for row in rows]
+        columns = columns or list(dict.fromkeys(key for row in rows for key in row))
+        parquet.write_table(pyarrow.Table.from_pydict({c: [r.get(c) for r in values] for c in columns}), temporary)
+
+
+def _write_csv(rows: Sequence[Row], path: Path, columns: Sequence[str] | None) -> None:
+    columns = columns or list(dict.fromkeys(key for row in rows for key in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
-        writer.writerows(values)
+        writer.writerows(plain(row) for row in rows)
 
 
 def require_rows(path: str | os.PathLike[str], force: bool = False) -> None:
     """Refuse what :func:`write_rows` would refuse, before there are rows."""
     suffix = Path(path).suffix.lower()
-    if suffix not in (".csv", ".parquet"):
+    if suffix not in ROW_FILES:
         raise ValueError(f"rows must go into a .csv or .parquet file, got {Path(path).name}")
     if suffix == ".parquet":
         _parquet()

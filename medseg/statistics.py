@@ -1,9 +1,9 @@
-"""Statistics over evaluations: two runs compared case by case, several ranked, the worst cases, rows as files."""
+"""Statistics over evaluations: runs compared case by case, several ranked, the worst cases, rows as files."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,18 @@ from scipy import stats
 
 from medseg.scores import DIFFERENCES, VOLUMES, Evaluation, Row, write_rows
 
-__all__ = ["Comparison", "Rank", "compare", "holm", "is_better_low", "rank", "worst_cases", "write_rows"]
+__all__ = [
+    "Comparison",
+    "Rank",
+    "RunComparison",
+    "compare",
+    "compare_runs",
+    "holm",
+    "is_better_low",
+    "rank",
+    "worst_cases",
+    "write_rows",
+]
 
 Array = NDArray[Any]
 RESAMPLES, SEED = 2000, 0
@@ -246,6 +257,55 @@ def rank(runs: Mapping[str, Evaluation], metric: str = "dice") -> list[Rank]:
         for n, name in enumerate(runs)
     ]  # fmt: skip
     return sorted(found, key=lambda r: r.mean_rank)
+
+
+@dataclass(frozen=True)
+class RunComparison:
+    """A run beside others on the same cases.
+
+    Attributes
+    ----------
+    pairs : mapping of the other run's name to sequence of Comparison
+        The run minus the other, metric by metric.
+    ranking : sequence of Rank
+        All of them by Dice, the best first; the run itself is called "this".
+    problems : sequence of str
+        What could not be compared, and why.
+    """
+
+    pairs: Mapping[str, Sequence[Comparison]]
+    ranking: Sequence[Rank]
+    problems: Sequence[str] = ()
+
+    def as_rows(self) -> dict[str, list[Row]]:
+        """ "comparison" and "ranking" as rows of a file; in each comparison "first" is the other run."""
+        pairs = [{"run": name, **asdict(one)} for name, own in self.pairs.items() for one in own]
+        return {"comparison": pairs, "ranking": [asdict(one) for one in self.ranking]}
+
+
+def compare_runs(
+    evaluation: Evaluation, others: Mapping[str, Evaluation], metrics: Sequence[str] = ("dice", "nsd", "hd95_mm")
+) -> RunComparison:
+    """Compare a run with others on the same cases by each metric that was measured, and rank all of them by Dice.
+
+    p-values are corrected for the number of structures, not for that of metrics or runs.
+    """
+    problems: list[str] = []
+    pairs: dict[str, list[Comparison]] = {}
+    measured = [m for m in metrics if any(np.isfinite(row.get(m, np.nan)) for row in evaluation.rows)]
+    for name, other in others.items():
+        pairs[name] = []
+        for metric in measured:
+            try:
+                pairs[name] += compare(other, evaluation, metric)
+            except ValueError as problem:
+                problems.append(f"no comparison with {name} by {metric}: {problem}")
+    ranking: list[Rank] = []
+    try:
+        ranking = rank({"this": evaluation, **others})
+    except ValueError as problem:
+        problems.append(f"no ranks: {problem}")
+    return RunComparison(pairs, ranking, problems)
 
 
 def worst_cases(evaluation: Evaluation, metric: str = "dice") -> list[tuple[str, float]]:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import sys
 import tracemalloc
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,57 +15,20 @@ import pandas
 import pytest
 import tiny
 import torch
-from conftest import rotation
-from scipy import ndimage
-from sklearn.metrics import brier_score_loss
+from evaluated import GRID, STRUCTURES, evaluate_json, medseg_command, moved, truth, write_folders
 
 import medseg
-from medseg import cli, surface
-from medseg.evaluation import Lesions, evaluate
+from medseg import surface
+from medseg.evaluation import evaluate
 from medseg.io import write
 from medseg.io.dicom_write import write_series
 from medseg.report_evaluation import evaluate_predictions
-from medseg.volume import Geometry, LabelMap, Structure, Volume
-
-GRID = Geometry.from_parts((24, 19, 9), (0.9, 1.3, 3.0), (-20, 30, 5), rotation((0.2, -0.3, 0.1)))
-STRUCTURES = (Structure(1, "liver"), Structure(4, "spleen"))
-
-
-def truth(seed: int) -> LabelMap:
-    field = ndimage.gaussian_filter(np.random.default_rng(seed).standard_normal(GRID.shape), 2)
-    return LabelMap(np.select([field > 0.06, field < -0.07], [1, 4], 0).astype(np.uint8), GRID, STRUCTURES)
-
-
-def moved(labels: LabelMap, by: int) -> LabelMap:
-    return replace(labels, array=np.roll(labels.array, by, 0))
-
-
-def medseg_command(*arguments: object, code: int = 0) -> tuple[str, str]:
-    """stdout and stderr of a command run in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with (
-        pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err),
-        pytest.raises(SystemExit) as stop,
-    ):  # fmt: skip
-        patch.setattr(sys, "argv", ["medseg", *map(str, arguments)])
-        cli.main()
-    assert int(stop.value.code or 0) == code, err.getvalue() + out.getvalue()
-    return out.getvalue(), err.getvalue()
-
-
-def evaluate_json(*arguments: object, code: int = 0) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(medseg_command("evaluate", *arguments, "--json", code=code)[0])
-    return found
+from medseg.volume import Geometry, LabelMap, Volume
 
 
 @pytest.fixture
 def folders(tmp_path: Path) -> Path:
-    """References r, and predictions p and q of which p are nearer."""
-    for n in range(5):
-        medseg.write(truth(n), tmp_path / "r" / f"case_{n}.nii.gz")
-        medseg.write(moved(truth(n), n % 3), tmp_path / "p" / f"case_{n}.nii.gz")
-        medseg.write(moved(truth(n), n % 3 + 2), tmp_path / "q" / f"case_{n}.nii.gz")
-    return tmp_path
+    return write_folders(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,135 +88,12 @@ def test_folders_of_masks_are_cases(folders):
     assert [row["dice"] for row in masks.rows] == [row["dice"] for row in maps.rows]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Probabilities
-
-
-def test_probabilities_from_files(folders):
-    """Beside the label map or in its place, as predict writes them; against scikit-learn's Brier score."""
-    rng, soft = np.random.default_rng(0), folders / "soft"
-    for n in range(5):
-        logits = np.stack([moved(truth(n), 1).array == k for k in (0, 1, 4)]) * 3 + rng.normal(0, 1, (3, *GRID.shape))
-        shares = np.exp(logits) / np.exp(logits).sum(0)
-        volume = Volume(shares.astype(np.float32), GRID, {"structures": STRUCTURES})
-        for folder in (folders / "p", soft):
-            medseg.write(volume, folder / f"case_{n}_probabilities.nii.gz")
-    beside = evaluate_json(folders / "p", folders / "r")
-    alone = evaluate_json(soft, folders / "r")
-    assert {row["case"] for row in alone["cases"]} == {f"case_{n}" for n in range(5)}
-    for a, b in zip(beside["cases"], alone["cases"], strict=True):
-        assert [a[k] for k in ("soft_dice", "brier", "ece")] == [b[k] for k in ("soft_dice", "brier", "ece")]
-    hard = np.array([0, 1, 4])[shares.argmax(0)]
-    for row, channel in zip(alone["cases"][-2:], (1, 2), strict=True):
-        true = (truth(4).array == row["label"]).ravel()
-        p = shares[channel].astype(np.float32).ravel().astype(float)
-        assert row["brier"] == pytest.approx(brier_score_loss(true, p), abs=1e-6)
-        assert row["soft_dice"] == pytest.approx(2 * (p * true).sum() / ((p**2).sum() + true.sum()), abs=1e-5)
-        a, b = hard == row["label"], truth(4).array == row["label"]
-        assert row["dice"] == pytest.approx(2 * (a & b).sum() / (a.sum() + b.sum()))
-    assert "soft_dice" not in evaluate(folders / "q", folders / "r").metrics
-    one = evaluate_json(soft / "case_4_probabilities.nii.gz", folders / "r" / "case_4.nii.gz")
-    assert one["cases"][0]["brier"] == alone["cases"][-2]["brier"]
-
-
 def test_an_image_is_no_prediction(folders):
     medseg.write(Volume(np.full((1, *GRID.shape), 3.7, np.float32), GRID), folders / "image.nii.gz")
     assert (
         "must be integers"
         in medseg_command("evaluate", folders / "image.nii.gz", folders / "r" / "case_0.nii.gz", code=1)[1]
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Lesions and instances
-
-
-def test_instances_by_command(tmp_path):
-    """PQ, F1 and AP of instance maps by hand: IoUs 1, 2/3 and 1/3, one missed, one made up."""
-    p, r = np.zeros((2, 40, 12, 1), np.uint16)
-    r[0:4, 0:3], p[0:4, 0:3] = 300, 7
-    r[10:14, 0:3], p[10:15, 0:3], p[10, 0:3] = 2, 9, 0  # 9 of 15 voxels: 0.6
-    r[20:24, 0:3], p[22:26, 0:3] = 3, 11  # 6 of 18
-    r[30:33, 0:3], p[30:33, 6:9] = 4, 13
-    grid = Geometry.from_parts(p.shape, (1.0, 2.0, 1.0))
-    for name, array in (("p", p), ("r", r)):
-        medseg.write(LabelMap(array, grid), tmp_path / f"{name}.nii.gz")
-    (row,) = evaluate_json(tmp_path / "p.nii.gz", tmp_path / "r.nii.gz", "--instances")["cases"]
-    assert row["structure"] == "instances"
-    assert (row["lesions"], row["reference_lesions"], row["lesions_found"]) == (4, 4, 2)
-    assert row["lesion_f1"] == row["rq"] == pytest.approx(2 / 4)
-    assert row["sq"] == pytest.approx((1 + 9 / 15) / 2)
-    assert row["pq"] == pytest.approx(0.8 * 0.5)
-    assert (row["ap50"], row["ap75"]) == pytest.approx((2 / 6, 1 / 7))
-    assert row["ap"] == pytest.approx((3 * 2 / 6 + 7 * 1 / 7) / 10)  # 0.5, 0.55, 0.6; then 1 alone
-    assert row["dice"] == pytest.approx(2 * (12 + 9 + 6) / (np.sum(p > 0) + np.sum(r > 0)))
-    loose = evaluate_json(tmp_path / "p.nii.gz", tmp_path / "r.nii.gz", "--instances", "--min-iou", 0.3)["cases"][0]
-    assert loose["lesions_found"] == 3
-    layers = LabelMap(np.zeros((2, *p.shape), bool), grid)
-    with pytest.raises(ValueError, match="instances must be numbers in one label map, got 2 layers"):
-        evaluate(layers, layers, lesions=Lesions(instances=True))
-
-
-@pytest.mark.data
-def test_instances_of_real_nuclei(data_dir):
-    """Against counting pair by pair, on a real instance map and a worse copy of it."""
-    r = medseg.read_labels(sorted((data_dir / "dsb2018" / "labels").glob("*.png"))[2])
-    shifted = np.roll(r.array, 3, 0)
-    p = replace(r, array=np.where(shifted % 5 == 1, 0, shifted))
-    (row,) = evaluate(p, r, lesions=Lesions(instances=True), surface=False).rows
-    numbers = [[int(n) for n in np.unique(side.array) if n] for side in (p, r)]
-    ious = np.array([
-        [np.sum((p.array == a) & (r.array == b)) / np.sum((p.array == a) | (r.array == b)) for a in numbers[0]]
-        for b in numbers[1]
-    ])  # fmt: skip
-    for column, least in (("ap50", 0.5), ("ap75", 0.75)):
-        tp = np.sum(ious > least)  # above a half every match is the only one
-        assert row[column] == pytest.approx(tp / (len(numbers[0]) + len(numbers[1]) - tp))
-
-
-def test_lesions_are_named(tmp_path):
-    """lesions.csv says where each lesion is, and which were merged, split, missed and made up."""
-    p, r = np.zeros((2, *GRID.shape), np.uint8)
-    r[1:4, 1:4, 1:3], r[6:9, 1:4, 1:3], p[1:9, 1:4, 1:3] = 1, 1, 1  # merged
-    r[12:20, 1:4, 4:6], p[12:15, 1:4, 4:6], p[17:20, 1:4, 4:6] = 1, 1, 1  # split
-    r[21:23, 10:12, 7:9], p[3:5, 14:16, 7:9] = 1, 1  # missed, and made up
-    for name, array in (("p", p), ("r", r)):
-        medseg.write(LabelMap(array, GRID, STRUCTURES[:1]), tmp_path / f"{name}.nii.gz")
-    arguments = ("evaluate", tmp_path / "p.nii.gz", tmp_path / "r.nii.gz", "--lesions", "--matching", "overlap")
-    medseg_command(*arguments, "--out", tmp_path / "out")
-    with (tmp_path / "out" / "lesions.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    notes = {(row["side"], row["lesion"]): row["note"] for row in rows if row["note"]}
-    merged = next(n for (side, _), n in notes.items() if side == "prediction" and n.startswith("merges"))
-    assert merged == "merges reference 1, 2"
-    assert [n for (side, _), n in notes.items() if side == "reference" and n.startswith("is split")] == [
-        "is split into prediction 3, 4"  # in the order in which they are met
-    ]
-    (missed,) = [row for row in rows if row["outcome"] == "missed"]
-    centre = GRID.to_world((21.5, 10.5, 7.5))
-    assert [float(missed[k]) for k in ("x_mm", "y_mm", "z_mm")] == pytest.approx(centre.tolist())
-    assert float(missed["volume_mm3"]) == pytest.approx(8 * GRID.voxel_mm3)
-    (false,) = [row for row in rows if row["outcome"] == "false positive"]
-    assert [float(false[k]) for k in ("x_mm", "y_mm", "z_mm")] == pytest.approx(
-        GRID.to_world((3.5, 14.5, 7.5)).tolist()
-    )
-    sizes = json.loads((tmp_path / "out" / "metrics.json").read_text())["cases"][0]
-    # 63 and 63 mm3 merged and 168 mm3 split are found, 28 mm3 are missed
-    assert (sizes["sensitivity_10_to_100_mm3"], sizes["sensitivity_100_to_1000_mm3"]) == pytest.approx((2 / 3, 1))
-    assert sizes["sensitivity_from_1000_mm3"] is None
-    assert "lesions" in (tmp_path / "out" / "report.html").read_text().lower()
-
-
-def test_connectivity_is_a_choice(tmp_path):
-    r = np.zeros(GRID.shape, np.uint8)
-    r[2:4, 2:4, 2], r[4:6, 4:6, 2] = 1, 1  # touch by an edge
-    medseg.write(LabelMap(r, GRID), tmp_path / "r.nii.gz")
-    path = tmp_path / "r.nii.gz"
-    counts = [
-        evaluate_json(path, path, "--lesions", "--connectivity", c)["cases"][0]["reference_lesions"]
-        for c in (26, 18, 6)
-    ]
-    assert counts == [1, 1, 2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -287,10 +124,11 @@ def test_runs_are_compared_and_ranked(folders):
     found = evaluate_json(folders / "q", folders / "r", "--compare", folders / "p", folders / "r")
     assert [r["run"] for r in found["ranking"]] == [str(folders / "r"), str(folders / "p"), "this"]
     assert [r["place"] for r in found["ranking"]] == [1, 2, 3]
-    assert [(c["run"], c["structure"]) for c in found["comparison"]] == [
-        (str(folders / run), structure) for run in "pr" for structure in ("liver", "spleen")
-    ]
-    assert all(c["difference"] < 0 for c in found["comparison"])
+    assert [(c["run"], c["metric"], c["structure"]) for c in found["comparison"]] == [
+        (str(folders / run), metric, structure)
+        for run in "pr" for metric in ("dice", "nsd", "hd95_mm") for structure in ("liver", "spleen")
+    ]  # fmt: skip
+    assert all((c["difference"] < 0) == (c["metric"] != "hd95_mm") for c in found["comparison"])
     text, _ = medseg_command(
         "evaluate", folders / "q", folders / "r", "--compare", folders / "p", "--out", folders / "out"
     )
@@ -385,7 +223,7 @@ def test_predict_and_evaluate(tmp_path, predict, split):
     assert all(row["dice"] > 0.6 for row in scored)
     assert "bright" in text
     assert "<img" in (out / "report.html").read_text()
-    assert ("soft_dice" in scored[0]) != split
+    assert 0 < scored[0]["soft_dice"] < 1
 
 
 def test_predict_and_evaluate_one(tmp_path, predict):

@@ -18,6 +18,8 @@ from medseg.distribution import distribution_picture
 from medseg.evaluation import Lesions, evaluate
 from medseg.io import write
 from medseg.report_evaluation import report_of_evaluation
+from medseg.scores import FILES
+from medseg.statistics import compare_runs
 from medseg.volume import Geometry, LabelMap, Structure, Volume
 
 GRID = Geometry.from_parts((16, 12, 9), (0.8, 1.1, 3.0), (-20, 30, 5), rotation((0.2, -0.3, 0.1)))
@@ -41,7 +43,8 @@ def folders(tmp_path):
 def test_report(folders):
     p, r = folders / "p", folders / "r"
     found = evaluate(p, r, lesions=True)
-    report_of_evaluation(folders / "report.html", found, p, r, image=folders / "i", others={"the same": found})
+    report_of_evaluation(folders / "report.html", found, p, r, image=folders / "i",
+                         comparison=compare_runs(found, {"the same": found}))  # fmt: skip
     page = (folders / "report.html").read_text()
     assert "<b>[red]spleen" not in page and "&lt;b&gt;[red]spleen" in page
     assert not re.search(r"(src|href)=\"(?!data:|#)", page)
@@ -81,8 +84,8 @@ def test_command_writes_everything_and_says_what_failed(folders, monkeypatch, ca
         return int(stop.value.code or 0)
 
     p, r, out = folders / "p", folders / "r", folders / "out"
-    assert run(p, r, "--out", out, "--image", folders / "i", "--compare", p, "--lesions") == 1
-    assert {f.name for f in out.iterdir()} == {"metrics.json", "metrics.csv", "lesions.csv", "report.html"}
+    assert run(p, r, "--out", out, "--image", folders / "i", "--compare", r, "--lesions") == 1
+    assert {f.name for f in out.iterdir()} == {*FILES, "report.html"}
     text = capsys.readouterr()
     assert "[red]spleen" in text.out
     assert "case_2: " in text.err and "case_4: prediction must exist" in text.err

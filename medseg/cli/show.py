@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
-from json import dumps, loads
+from json import dumps
 from typing import Annotated, Any
 
 from rich.console import Console
@@ -13,8 +12,6 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from tyro.conf import arg
-
-import medseg
 
 __all__ = ["Device", "bar", "print_json", "print_table", "say", "show_evaluation", "show_warning"]
 
@@ -24,6 +21,7 @@ METRICS = {"iou": "IoU", "dice": "Dice", "hd95_mm": "HD95 (mm)", "nsd": "NSD"}
 LESIONS = {
     "lesion_f1": "lesion F1", "lesion_sensitivity": "sensitivity", "false_positives": "false positives", "pq": "PQ",
 }  # fmt: skip
+POOLED = {"lesion_f1": "F1", "lesion_sensitivity": "sensitivity", "pq": "PQ"}
 INSTANCES = {"lesion_f1": "F1", "pq": "PQ", "ap50": "AP50", "ap75": "AP75", "ap": "mean AP"}
 PROBABILITIES = {"soft_dice": "soft Dice", "brier": "Brier score", "ece": "calibration error"}
 
@@ -47,39 +45,56 @@ def print_json(value: Any) -> None:
     print(dumps(value, indent=1))
 
 
-def show_evaluation(evaluation: Any, json: bool, others: Mapping[str, Any] | None = None) -> None:
-    """Print an Evaluation, and how it compares with those of other runs on the same cases, as JSON or as tables."""
-    others = others or {}
-    comparisons = {name: medseg.statistics.compare(other, evaluation) for name, other in others.items()}
-    ranks = medseg.statistics.rank({"this": evaluation, **others}) if others else []
+def show_evaluation(evaluation: Any, json: bool, runs: Any = None, more: Mapping[str, Any] | None = None) -> None:
+    """Print an Evaluation, and a RunComparison with other runs, as JSON (with further entries) or as tables."""
     if json:
-        pairs = [{"run": name, **row} for name, own in comparisons.items() for row in _plain(own)]
-        more = {"comparison": pairs, "ranking": _plain(ranks)}
-        print_json({**loads(evaluation.to_json()), **(more if others else {})})
+        print(evaluation.to_json({**(runs.as_rows() if runs else {}), **(more or {})}))
         return
     _print_summary(evaluation)
+    _print_pooled(evaluation)
     for row in evaluation.failed:
         say(f"{row['case']}: {row['error']}")
-    for name, own in comparisons.items():
+    for case, note in evaluation.notes.items():
+        say(f"{case}: scored without probabilities: {note}")
+    if runs:
+        _print_runs(runs)
+
+
+def _print_runs(runs: Any) -> None:
+    for problem in runs.problems:
+        say(problem)
+    for name, own in runs.pairs.items():
         table = Table(
             "structure", "pairs", "Dice of the other", "Dice", "difference", "p (Wilcoxon, Holm)", title=escape(name)
         )
-        for c in own:
+        for c in (one for one in own if one.metric == "dice"):
             change = f"{c.difference:+.3f} [{c.low:+.3f}, {c.high:+.3f}]"
             table.add_row(escape(c.structure), str(c.n), f"{c.first:.3f}", f"{c.second:.3f}", change, f"{c.p_holm:.3g}")
-        print_table(table)
-    if ranks:
+        if table.row_count:
+            print_table(table)
+    if runs.ranking:
         table = Table("place", "run", "mean rank by Dice", "mean Dice", "missing")
-        for r in ranks:
+        for r in runs.ranking:
             interval = f"{r.mean_rank:.2f} [{r.low:.2f}, {r.high:.2f}]"
             table.add_row(str(r.place), escape(r.run), interval, f"{r.mean:.3f}", str(r.missing))
         print_table(table)
 
 
+def _print_pooled(evaluation: Any) -> None:
+    """Lesions of all cases together."""
+    if not evaluation.pooled:
+        return
+    table = Table("all cases together", "lesions", "found", "false positives", *POOLED.values())
+    for e in evaluation.pooled:
+        counts = (str(e[key]) for key in ("reference_lesions", "lesions_found", "false_positives"))
+        estimates = (_interval({"mean": e[m]["value"], "ci95": e[m]["ci95"]}) for m in POOLED)
+        table.add_row(escape(e["structure"]), *counts, *estimates)
+    print_table(table)
+
+
 def _print_summary(evaluation: Any) -> None:
     """Means with their intervals, of the usual metrics and of those of lesions and probabilities where measured."""
-    instances = evaluation.settings.get("lesions", {}).get("instances", False)
-    for metrics in (METRICS, INSTANCES if instances else LESIONS, PROBABILITIES):
+    for metrics in (METRICS, INSTANCES if evaluation.are_instances else LESIONS, PROBABILITIES):
         shown = {m: name for m, name in metrics.items() if m in evaluation.metrics}
         if not shown:
             continue
@@ -93,11 +108,6 @@ def _interval(estimate: Mapping[str, Any]) -> str:
     mean, (low, high) = estimate["mean"], estimate["ci95"]
     shown = "–" if mean != mean else f"{mean:.3f}"
     return shown if low != low else f"{shown} [{low:.3f}, {high:.3f}]"
-
-
-def _plain(rows: Sequence[Any]) -> list[dict[str, Any]]:
-    """Dataclasses as JSON types; NaN is null."""
-    return [{key: None if value != value else value for key, value in asdict(row).items()} for row in rows]
 
 
 @contextmanager
