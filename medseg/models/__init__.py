@@ -9,6 +9,7 @@ from typing import Any
 
 from medseg.models.encoders import DEFAULT_ENCODER, DeepLabV3Plus, EncoderUNet
 from medseg.models.network import SegmentationNetwork
+from medseg.models.sam_med import SamMed
 from medseg.models.unet import UNet
 
 __all__ = ["MODELS", "ModelInfo", "build_model"]
@@ -78,6 +79,16 @@ MODELS: dict[str, ModelInfo] = {
         options={"encoder": DEFAULT_ENCODER},
         needs="segmentation_models_pytorch",
         extra="encoders",
+    ),
+    "sam-med": ModelInfo(
+        SamMed,
+        task="semantic",
+        dims=2,
+        when="few labelled slices: the encoder of LiteMedSAM or SAM stays frozen and sees each slice once",
+        licence="Apache-2.0; weights as their authors say",
+        options={"encoder": "lite-medsam"},
+        needs="segment_anything",
+        extra="sam",
     ),
 }
 

@@ -109,7 +109,7 @@ class PromptableModel(nn.Module):
         low, high = images.aminmax()
         if not (low >= 0 and high <= 1):  # NaN fails both
             raise ValueError(f"images must be finite and in 0 to 1, got {float(low):.3g} to {float(high):.3g}")
-        size = self._inner_size(images.shape[2:])
+        size = self.layout.inner_size(images.shape[2:])
         inner = F.interpolate(images.float(), size, mode="bilinear", align_corners=False, antialias=True)
         inner = (inner.clamp(0, 1) - self.mean) / self.std
         inner = F.pad(inner, (0, self.size - size[1], 0, self.size - size[0]))
@@ -180,13 +180,6 @@ class PromptableModel(nn.Module):
 
     # -- parts --------------------------------------------------------------------------------------------------------
 
-    def _inner_size(self, image_size: tuple[int, ...]) -> tuple[int, int]:
-        """Height and width that an image has on the square."""
-        if self.layout.stretch:
-            return self.size, self.size
-        height, width = (int(n * self.size / max(image_size) + 0.5) for n in image_size)
-        return max(1, height), max(1, width)
-
     def _require(
         self, embeddings: Tensor, image_of: Tensor, given: dict[str, Tensor | None], labels: Tensor | None
     ) -> None:
@@ -230,7 +223,7 @@ class PromptableModel(nn.Module):
         labels: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Logits (N, 1, 4h, 4h) on the square and predicted IoU (N,)."""
-        height, width = self._inner_size(image_size)
+        height, width = self.layout.inner_size(image_size)
         scale = embeddings.new_tensor([width / image_size[1], height / image_size[0]], dtype=torch.float32)
         boxes, points, masks = given["box"], given["point"], given["mask"]
         sparse, dense = self.prompt_encoder(
@@ -280,7 +273,7 @@ class PromptableModel(nn.Module):
     def _on_image(self, low: Tensor, image_size: tuple[int, int]) -> Tensor:
         """Logits (N, 1, H, W) of logits (N, 1, 4h, 4h) on the square."""
         if not self.layout.stretch:
-            height, width = self._inner_size(image_size)
+            height, width = self.layout.inner_size(image_size)
             square = (self.size, self.size)
             low = F.interpolate(low, square, mode="bilinear", align_corners=False)[..., :height, :width]
         return F.interpolate(low, image_size, mode="bilinear", align_corners=False)

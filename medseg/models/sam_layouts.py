@@ -8,7 +8,7 @@ Zhang et al. (2023), MobileSAM, arXiv:2306.14289; Wu et al. (2022), TinyViT, arX
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -138,6 +138,13 @@ class Layout:
     std: tuple[float, float, float] = SAM_STD
     stretch: bool = False
     channels: int = 256
+
+    def inner_size(self, image_size: Sequence[int]) -> tuple[int, int]:
+        """Height and width (pixels) that an image has on the square."""
+        if self.stretch:
+            return self.size, self.size
+        height, width = (max(1, int(n * self.size / max(image_size) + 0.5)) for n in image_size)
+        return height, width
 
 
 _BOX = frozenset({"box"})
