@@ -226,6 +226,15 @@ def test_predict_and_evaluate(tmp_path, predict, split):
     assert 0 < scored[0]["soft_dice"] < 1
 
 
+def test_predict_and_evaluate_as_json(tmp_path, predict):
+    files = predict(tmp_path / "in" / "c0.nii.gz", "--out", tmp_path / "a", "--json", code=0)[0]
+    assert json.loads(files) == {"written": {"c0": [str(tmp_path / "a" / "c0.nii.gz")]}, "failed": {}}
+    options = ["--out", tmp_path / "b", "--evaluate", tmp_path / "r", "--to", "nrrd,nifti", "--json"]
+    found = json.loads(predict(tmp_path / "in", *options, code=1)[0])
+    assert sorted(found["written"]) == ["c0", "c1", "c2"]
+    assert found["summary"] == json.loads((tmp_path / "b" / "metrics.json").read_text())["summary"]
+
+
 def test_predict_and_evaluate_one(tmp_path, predict):
     reference, out = tmp_path / "r" / "c2.nii.gz", tmp_path / "one"
     predict(tmp_path / "in" / "c2.nii.gz", "--out", out, "--evaluate", reference, code=0)

@@ -127,11 +127,18 @@ def test_contours_lie_on_the_edge_of_the_mask() -> None:
     assert left == pytest.approx(1.5 * scale, abs=4)
 
 
-def test_reference_is_dashed_white_and_the_inside_is_tinted_on_demand() -> None:
+@pytest.mark.parametrize(("window", "ink"), [((0, 1e9), (255, 255, 255)), ((-1e9, 0), (0, 0, 0))])
+def test_reference_is_seen_on_black_and_on_white(window: tuple[float, float], ink: tuple[int, int, int]) -> None:
+    """White dashes, with a black rim where the scan is white, too."""
     image, labels = scene("RAS")
     moved = LabelMap(np.roll(labels.array, 4, axis=0), labels.geometry, NAMES)
-    alone, both = pixels(planes_picture(image, labels)), pixels(planes_picture(image, labels, moved))
-    assert len(colored(both, (255, 255, 255))) > len(colored(alone, (255, 255, 255))) + 200
+    alone, both = (pixels(planes_picture(image, labels, r, window=window)) for r in (None, moved))
+    assert len(colored(both, ink)) > len(colored(alone, ink)) + 1000
+
+
+def test_the_inside_is_tinted_on_demand() -> None:
+    image, labels = scene("RAS")
+    alone = pixels(planes_picture(image, labels))
     tinted = pixels(overview_picture(image, labels))
     bluish = (alone[..., 2] - alone[..., 0] > 30).sum()  # the planes go through the blue cube
     assert (tinted[..., 2] - tinted[..., 0] > 30).sum() > 3 * bluish > 0

@@ -9,7 +9,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 import medseg
-from medseg.cli.show import Device, bar, say, show_evaluation
+from medseg.cli.show import Device, bar, print_json, say, show_evaluation
 from medseg.config import TrainOptions
 
 __all__ = ["demo", "predict", "train"]
@@ -59,6 +59,7 @@ def predict(
     series: str | None = None,
     evaluate: Path | None = None,
     device: Device = "auto",
+    json: bool = False,
     force: bool = False,
 ) -> int:
     """Predict files, folders of files or DICOM series with a trained run.
@@ -79,6 +80,7 @@ def predict(
         series: SeriesInstanceUID, number or name of the one series wanted of a DICOM folder
         evaluate: folder of references (or the one reference): writes metrics.json, metrics.csv and report.html to out
         device: where to compute
+        json: print files written, failures and, with --evaluate, rows and summary as JSON
         force: overwrite outputs
     """
     predictor = medseg.Predictor.load(run, device, raw=raw)
@@ -95,16 +97,18 @@ def predict(
             predictor, images, out, to=formats, channels=given, probabilities=probabilities, split=split,
             crf=parameters, force=force, progress=progress,
         )  # fmt: skip
-    for files in done.written.values():
-        for path in files:
-            print(path)
+    files = {"written": {case: [str(p) for p in own] for case, own in done.written.items()}, "failed": done.failed}
+    if not json:
+        print(*(path for own in files["written"].values() for path in own), sep="\n", end="\n" * bool(done.written))
     for reason in done.failed.values():
         say(f"medseg: error: {reason}")
     if evaluate is None or not done.written:
+        if json:
+            print_json(files)
         return 1 if done.failed else 0
     scans = {one.name: one for one in images}
     found = medseg.report_evaluation.evaluate_predictions(
         out, done.written, evaluate, failed=done.failed, image=lambda case: scans[case].read(), force=force
     )
-    show_evaluation(found, json=False)
+    show_evaluation(found, json, more=files)
     return 1 if done.failed or found.failed else 0
