@@ -123,10 +123,9 @@ def test_slices_of_volumes_with_a_2d_network(dataset: Path, tmp_path: Path) -> N
 def test_crf_is_chosen_by_validation_and_kept_with_the_run(run: Run) -> None:
     choice = medseg.crf_fit.fit_crf(run, device="cpu")
     assert (run.path / "crf.json").is_file()
-    best = max(choice.iou_with.values())
-    assert (choice.parameters is not None) == (best >= choice.iou_before + 0.001)
+    assert choice.parameters is None  # two validation cases are too few to tell
     assert medseg.crf_fit.crf_of_run(run) == choice.parameters
-    assert f"{choice.cases} validation cases" in choice.reason
+    assert "2 validation cases of 2 patients cannot show a gain" in choice.reason
 
 
 def test_stopped_before_the_first_step_resumes(
