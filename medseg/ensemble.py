@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from medseg.config import Record
 from medseg.run import Run
 
-__all__ = ["Ensemble", "Fold", "Members", "is_ensemble", "member_runs"]
+__all__ = ["Ensemble", "Fold", "Members", "Mirrored", "is_ensemble", "member_runs"]
 
 log = logging.getLogger("medseg")
 
@@ -113,3 +113,28 @@ class Members(nn.Module):
         if total is None:
             raise ValueError("networks must be at least one, got none")
         return total if others is None else total - others
+
+
+class Mirrored(nn.Module):
+    """A network that sees the mirror image: its logits, mirrored back, with left and right structures in their places.
+
+    Averaged with the network itself it halves what is wrong on one side alone; only sensible where training mirrored too.
+
+    Parameters
+    ----------
+    network : nn.Module
+        Maps (B, C, *S) to logits (B, K, *S).
+    axes : sequence of int
+        Axes of S that are mirrored.
+    order : sequence of K int
+        The channel that each channel of the mirror image's logits stands for.
+    """
+
+    def __init__(self, network: nn.Module, axes: Sequence[int], order: Sequence[int]) -> None:
+        super().__init__()
+        self.network, self.axes, self.order = network, [a + 2 for a in axes], list(order)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits (B, K, *S)."""
+        logits: Tensor = self.network(image.flip(self.axes))
+        return logits.flip(self.axes)[:, self.order]

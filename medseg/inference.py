@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from medseg.crf import CRFParameters, refine
 from medseg.decision import decide, probabilities_on
 from medseg.device import pick_device
-from medseg.ensemble import Members, member_runs
+from medseg.ensemble import Members, Mirrored, member_runs
 from medseg.io import read, read_channels
 from medseg.plan import Plan
 from medseg.postprocessing import Postprocessing
@@ -67,7 +67,9 @@ class Predictor:
     others: tuple[Predictor, ...] = ()
 
     @classmethod
-    def load(cls, run: Run | str | PathLike[str], device: str = "auto", *, raw: bool = False) -> Predictor:
+    def load(
+        cls, run: Run | str | PathLike[str], device: str = "auto", *, raw: bool = False, mirror: bool = False
+    ) -> Predictor:
         """Load the best weights of a run, or of all folds of a cross-validation.
 
         Parameters
@@ -79,11 +81,13 @@ class Predictor:
             "auto", "cpu", "cuda" or "cuda:n".
         raw : bool
             Leave out what validation chose: component filters and temperature.
+        mirror : bool
+            Average with the prediction on the image mirrored as in training: twice the time.
 
         Raises
         ------
         FileNotFoundError, ValueError
-            If the folder is not a finished run of this version, or the device is not there.
+            If the folder is not a finished run of this version, the device is not there, or training mirrored nothing.
         """
         folder = run.path if isinstance(run, Run) else Path(run)
         where = pick_device(device)
@@ -95,18 +99,22 @@ class Predictor:
         groups: dict[str, list[Run]] = {}
         for member in member_runs(folder):
             groups.setdefault(member.plan.model_dump_json(include=SHARED), []).append(member)
-        parts = [cls._of(group, where, precision, chosen) for group in groups.values()]
+        parts = [cls._of(group, where, precision, chosen, mirror) for group in groups.values()]
         for part in parts[1:]:
             if (part.plan.structures, part.plan.overlapping) != (parts[0].plan.structures, parts[0].plan.overlapping):
                 raise ValueError(f"folds must learn the same structures to be averaged, got others in {folder}")
         return replace(parts[0], others=tuple(parts[1:]))
 
     @classmethod
-    def _of(cls, runs: Sequence[Run], device: torch.device, precision: str, chosen: Postprocessing | None) -> Predictor:
+    def _of(
+        cls, runs: Sequence[Run], device: torch.device, precision: str, chosen: Postprocessing | None, mirror: bool
+    ) -> Predictor:
         """The mean of runs whose plans agree in all that an image goes through."""
         plan = runs[0].plan
         memory = _memory_format(plan)
         networks = [run.network(device).to(memory_format=memory) for run in runs]  # type: ignore[call-overload]
+        if mirror:
+            networks += [_mirrored(network, plan) for network in networks]
         members = Members(networks, plan.overlapping, chosen.temperature if chosen else 1.0)
         return cls(plan, members.eval(), device, precision, chosen)
 
@@ -261,7 +269,12 @@ class Predictor:
         tensor = torch.from_numpy(np.array(array, dtype=np.float32))
         floor = tensor.amin((1, 2, 3)).to(self.device)
         return sliding_logits_slabs(
-            partial(self._forward, floor=floor), tensor, self.plan.patch, batch=batch, device=sums, progress=progress
+            partial(self._forward, floor=floor),
+            tensor,
+            self.plan.window(tensor.shape[1:]),
+            batch=batch,
+            device=sums,
+            progress=progress,
         )
 
     def _forward(self, windows: Tensor, floor: Tensor) -> Tensor:
@@ -332,6 +345,18 @@ class Predictor:
             f"prediction must fit into the memory of {self.device}, got an image of {shape} voxels on the planned grid, "
             f"{self.plan.outputs} classes and one window of {window} at a time, which does not; {remedy}"
         )
+
+
+def _mirrored(network: nn.Module, plan: Plan) -> Mirrored:
+    if not plan.mirror:
+        raise ValueError(
+            f"plan must mirror an axis in training to average mirror images, got none ({plan.reasons.get('mirror', '')}); "
+            "leave out mirror"
+        )
+    numbers = [s.number for s in plan.structures]
+    other = {a: b for pair in plan.swaps for a, b in (pair, pair[::-1])}
+    order = [numbers.index(other.get(n, n)) for n in numbers]
+    return Mirrored(network, plan.mirror, order if plan.overlapping else [0, *(o + 1 for o in order)])
 
 
 def _memory_format(plan: Plan) -> torch.memory_format:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from medseg.postprocessing import ComponentFilter, Components, Postprocessing, c
 from medseg.run import Run
 from medseg.temperature import fit_temperature, negative_log_likelihood, tempered
 from medseg.validation import choose_postprocessing, held_out
-from medseg.volume import Geometry, LabelMap, Structure
+from medseg.volume import Geometry, LabelMap, Structure, Volume
 
 CORNERS = np.ones((3, 3, 3))
 
@@ -249,3 +250,20 @@ def test_data_set_that_is_gone(run: Run, tmp_path: Path) -> None:
             choose_postprocessing(moved, "cpu")
     finally:
         run.config.save(run.path / "config.json", force=True)
+
+
+def test_mirror_images_are_averaged(run: Run, tmp_path: Path) -> None:
+    """What is predicted of a mirror image is then the mirror image, left and right in each other's place."""
+    with pytest.raises(ValueError, match="plan must mirror an axis in training"):
+        medseg.Predictor.load(run, "cpu", mirror=True)
+    shutil.copytree(run.path, tmp_path / "run")
+    plan = run.plan.model_copy(update={"mirror": (0,), "swaps": ((2, 5),)})
+    (tmp_path / "run/plan.json").write_text(plan.model_dump_json())
+    image, _ = tiny.case(0)  # its axes are those of the planned grid
+    other = Volume(image.array[:, ::-1].copy(), image.geometry)
+    for mirror in (False, True):
+        predictor = medseg.Predictor.load(tmp_path / "run", "cpu", raw=True, mirror=mirror)
+        (_, soft), (_, turned) = (predictor.predict(i, probabilities=True) for i in (image, other))
+        assert soft is not None and turned is not None
+        difference = np.abs(turned.array[[0, 2, 1], ::-1] - soft.array).max()
+        assert difference < 1e-4 if mirror else difference > 0.01

@@ -56,6 +56,7 @@ def predict(
     split: bool = False,
     crf: bool = False,
     raw: bool = False,
+    mirror: bool = False,
     series: str | None = None,
     evaluate: Path | None = None,
     device: Device = "auto",
@@ -77,13 +78,14 @@ def predict(
         split: write one mask of each structure, NAME/<number>_<label>, in place of one nifti or nrrd file
         crf: refine slice by slice before the decision, as fitted on validation where the run says so
         raw: leave out what validation chose, component filters and temperature of probabilities
+        mirror: average with the prediction on the mirror image, where training mirrored: twice the time
         series: SeriesInstanceUID, number or name of the one series wanted of a DICOM folder
         evaluate: folder of references (or the one reference): writes metrics.json, metrics.csv and report.html to out
         device: where to compute
         json: print files written, failures and, with --evaluate, rows and summary as JSON
         force: overwrite outputs
     """
-    predictor = medseg.Predictor.load(run, device, raw=raw)
+    predictor = medseg.Predictor.load(run, device, raw=raw, mirror=mirror)
     parameters = medseg.crf_fit.crf_of_run(run) if crf else None
     given = None if channels is None else tuple(name.strip() for name in channels.split(","))
     names = [c.name for c in predictor.plan.channels]
