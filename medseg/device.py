@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["pick_device"]
+__all__ = ["has_bf16", "pick_device"]
 
 
 def pick_device(device: str) -> torch.device:
@@ -28,3 +28,11 @@ def pick_device(device: str) -> torch.device:
             f"device must be present, got {device} on a machine with {torch.cuda.device_count()} GPUs; use cpu"
         )
     return chosen
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16 by instructions of its own; False where torch cannot tell."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 or newer
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from medseg.crf import CRFParameters, refine
 from medseg.decision import decide, probabilities_on
-from medseg.device import pick_device
+from medseg.device import has_bf16, pick_device
 from medseg.ensemble import Members, Mirrored, member_runs
 from medseg.io import read, read_channels
 from medseg.plan import Plan
@@ -91,14 +91,13 @@ class Predictor:
         """
         folder = run.path if isinstance(run, Run) else Path(run)
         where = pick_device(device)
-        half = where.type == "cuda"
-        precision = ("bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed") if half else "32-true"
         chosen = None if raw else Postprocessing.of(folder)
         if chosen is not None:
             log.info("postprocessing %s", chosen.reason)
         groups: dict[str, list[Run]] = {}
         for member in member_runs(folder):
             groups.setdefault(member.plan.model_dump_json(include=SHARED), []).append(member)
+        precision = _precision([run for group in groups.values() for run in group], where)
         parts = [cls._of(group, where, precision, chosen, mirror) for group in groups.values()]
         for part in parts[1:]:
             if (part.plan.structures, part.plan.overlapping) != (parts[0].plan.structures, parts[0].plan.overlapping):
@@ -345,6 +344,14 @@ class Predictor:
             f"prediction must fit into the memory of {self.device}, got an image of {shape} voxels on the planned grid, "
             f"{self.plan.outputs} classes and one window of {window} at a time, which does not; {remedy}"
         )
+
+
+def _precision(runs: Sequence[Run], device: torch.device) -> str:
+    """On a GPU its half precision; on a CPU bf16 where it has that and all runs were trained with mixed precision."""
+    if device.type == "cuda":
+        return "bf16-mixed" if has_bf16(device) else "16-mixed"
+    trained = {r.plan.precision if r.config.precision == "auto" else r.config.precision for r in runs}
+    return "bf16-mixed" if "32-true" not in trained and has_bf16(device) else "32-true"
 
 
 def _mirrored(network: nn.Module, plan: Plan) -> Mirrored:

@@ -267,3 +267,23 @@ def test_mirror_images_are_averaged(run: Run, tmp_path: Path) -> None:
         assert soft is not None and turned is not None
         difference = np.abs(turned.array[[0, 2, 1], ::-1] - soft.array).max()
         assert difference < 1e-4 if mirror else difference > 0.01
+
+
+@pytest.mark.parametrize(
+    ("trained", "able", "used"),
+    [("bf16-mixed", True, "bf16-mixed"), ("bf16-mixed", False, "32-true"), ("32-true", True, "32-true")],
+)
+def test_a_cpu_predicts_in_bf16_where_it_can_and_training_did(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: str, able: bool, used: str
+) -> None:
+    shutil.copytree(run.path, tmp_path / "run")
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    (tmp_path / "run/config.json").write_text(json.dumps({**config, "precision": "auto"}))
+    plan = run.plan.model_copy(update={"precision": trained})
+    (tmp_path / "run/plan.json").write_text(plan.model_dump_json())
+    monkeypatch.setattr("medseg.inference.has_bf16", lambda device: able)
+    predictor = medseg.Predictor.load(tmp_path / "run", "cpu", raw=True)
+    assert predictor.precision == used
+    image, _ = tiny.case(33)
+    labels, exact = predictor.predict(image)[0], medseg.Predictor.load(run, "cpu", raw=True).predict(image)[0]
+    assert (labels.array != exact.array).mean() < 0.01
