@@ -52,7 +52,9 @@ class Surface:
 
 @dataclass(frozen=True)
 class ScoringOptions:
-    """What is measured, as :func:`medseg.evaluate` takes it; ``declared`` are the names of a dataset.json.
+    """What is measured, as :func:`medseg.evaluate` takes it.
+
+    ``declared`` are the names of a dataset.json, ``threads`` the structures of a case that are worked on at a time.
 
     Raises
     ------
@@ -67,6 +69,7 @@ class ScoringOptions:
     labels_present: bool = False
     resample: bool = False
     declared: Mapping[int, str] = field(default_factory=dict)
+    threads: int = 1
 
     def __post_init__(self) -> None:
         require_tolerance(self.tolerance_mm)
@@ -206,7 +209,7 @@ def _values(
         options.update(definition=surface.definition, missing=surface.missing)
         spacing = grid.spacing
     if not prediction.is_layered and not reference.is_layered:
-        return structure_scores(prediction.array, reference.array, numbers, spacing, **options)
+        return structure_scores(prediction.array, reference.array, numbers, spacing, threads=how.threads, **options)
     pairs = ((_mask(prediction, n), _mask(reference, n)) for n in numbers)
     return [structure_scores(p, r, [1], spacing, **options)[0] for p, r in pairs]
 

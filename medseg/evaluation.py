@@ -83,20 +83,23 @@ def evaluate(
 
     Notes
     -----
-    As many cases are worked on at a time as there are processors, at most 8, and let go of when done: memory is that of
-    their label maps, whatever the number of cases.
+    As many cases (structures of one pair) are worked on at a time as there are processors, at most 8, and let go of when
+    done: memory is that of their label maps, and of the rows.
     """
     drawn = labels_present if isinstance(labels_present, Mapping) else {}
     declared = declared_names(reference, prediction)
-    how = ScoringOptions(structures, tolerance_mm, surface, lesions, labels_present is True, resample, declared)
+    workers = min(MOST_WORKERS, os.cpu_count() or 1)
+    many = is_many(prediction) and is_many(reference)
+    how = ScoringOptions(structures, tolerance_mm, surface, lesions, labels_present is True, resample, declared,
+                         threads=1 if many else workers)  # fmt: skip
     names = tuple(own for own in (how.structures, declared) if isinstance(own, Mapping))
 
     def scored(case: str, pair: tuple[Source, Source]) -> CaseRows:
         return score(case, read_case(*pair, names), how, known=drawn.get(case))
 
-    if is_many(prediction) and is_many(reference):
+    if many:
         pairs = paired(sources(prediction, "prediction"), sources(reference, "reference"), common_only)
-        found = dict(zip(pairs, _score_all(pairs, scored, progress), strict=True))
+        found = dict(zip(pairs, _score_all(pairs, scored, workers, progress), strict=True))
     else:
         ((name, pair),) = case_pairs(prediction, reference).items()
         found = {name: scored(name, pair)}
@@ -113,6 +116,7 @@ def evaluate(
 def _score_all(
     pairs: Mapping[str, tuple[Source, Source] | str],
     score: Callable[[str, tuple[Source, Source]], CaseRows],
+    workers: int,
     progress: Callable[[int, int], None] | None,
 ) -> list[CaseRows]:
     """Rows of all cases, in the order of the cases."""
@@ -129,7 +133,7 @@ def _score_all(
             return _failure(case, f"{type(error).__name__}: {error}".removesuffix(": "))
 
     rows: dict[str, CaseRows] = {}
-    with ThreadPoolExecutor(min(MOST_WORKERS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         waiting = {pool.submit(attempt, case): case for case in pairs}
         for done, future in enumerate(as_completed(waiting), 1):
             rows[waiting[future]] = future.result()

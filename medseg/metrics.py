@@ -11,6 +11,7 @@ improves a mean.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -173,6 +174,7 @@ def structure_scores(
     surface: bool = True,
     definition: Definition = DEFAULT_DEFINITION,
     missing: Missing = "diagonal",
+    threads: int = 1,
 ) -> list[dict[str, float]]:
     """All metrics of each structure, in one pass over the voxels and one look at the box around each structure.
 
@@ -184,6 +186,8 @@ def structure_scores(
         As in :func:`surface_scores`.
     surface : bool
         Whether to measure surface distances (most of the time).
+    threads : int
+        Structures of label maps whose surfaces are measured at a time, on the CPU; each takes the memory of its box.
 
     Returns
     -------
@@ -199,7 +203,12 @@ def structure_scores(
         matrix, boxes = scan(prediction, reference, labels)
         counts = counted(matrix)
         if surface:
-            scores = [_surface(prediction, reference, n, box, *options) for n, box in zip(labels, boxes, strict=True)]
+            workers = 1 if isinstance(prediction, torch.Tensor) else max(1, min(threads, len(labels)))
+            with ThreadPoolExecutor(workers) as pool:
+                own = pool.map(
+                    lambda at: _surface(prediction, reference, *at, *options), zip(labels, boxes, strict=True)
+                )
+                scores = list(own)
     else:
         _require(prediction.ndim - 1, *options)
         parts = []

@@ -201,6 +201,15 @@ def test_files_of_a_former_evaluation_do_not_stay(tmp_path):
         assert list(csv.DictReader(file)) == [] and file.seek(0) == 0 and "outcome" in file.readline()
 
 
+def test_classes_of_size_are_a_choice(tmp_path):
+    array = np.zeros(GRID.shape, np.uint8)
+    array[2:4, 3:5, 2:4], array[8:15, 3:9, 2:7] = 1, 1  # 28 and 737 mm3
+    medseg.write(LabelMap(array, GRID, STRUCTURES[:1]), tmp_path / "r.nii.gz")
+    found = evaluate_json(tmp_path / "r.nii.gz", tmp_path / "r.nii.gz", "--lesions", "--sizes-mm3", 28, 29)
+    sizes = ("to_28_mm3", "28_to_29_mm3", "from_29_mm3")
+    assert [found["pooled"][0][f"reference_lesions_{size}"] for size in sizes] == [0, 1, 1]
+
+
 def test_the_report_tells_of_lesions(tmp_path: Path):
     array = np.zeros(GRID.shape, np.uint8)
     array[2:4, 3:5, 2:4], array[8:15, 3:9, 2:7] = 1, 1

@@ -184,8 +184,10 @@ def test_runs_with_nothing_in_common_are_said_to_have_none(folders):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--min-iou", 0.3), "matching, min-iou and connectivity must go with --lesions or --instances"),
+        (("--min-iou", 0.3), "matching, min-iou, connectivity and sizes-mm3 must go with --lesions or --instances"),
         (("--matching", "overlap"), "must go with --lesions or --instances"),
+        (("--sizes-mm3", 5, 50), "must go with --lesions or --instances"),
+        (("--lesions", "--sizes-mm3", 50, 5), "sizes_mm3 must be positive and rise, got (50.0, 5.0)"),
         (("--instances", "--connectivity", 6), "connectivity must go with --lesions"),
         (("--lesions", "--matching", "overlap", "--min-iou", 0.2), "min-iou must go with --matching iou or optimal"),
         (("--instances", "--structures", "1"), "structures and labels_present must not be given for instances"),

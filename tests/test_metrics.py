@@ -332,6 +332,16 @@ def test_label_maps_and_layers_give_the_same_rows():
     assert maps == tensors
 
 
+@pytest.mark.parametrize("threads", [2, 9])
+def test_structures_at_a_time_give_the_same_rows(threads):
+    rng = np.random.default_rng(0)
+    (a, b), (c, d) = blobs(rng, (19, 14, 9)), blobs(rng, (19, 14, 9))
+    p, r = np.where(a, 1, 3 * c).astype(np.uint8), np.where(b, 1, 3 * d).astype(np.uint8)
+    one, several = (metrics.structure_scores(p, r, [3, 1, 8], (0.9, 1.4, 2.0), threads=n) for n in (1, threads))
+    np.testing.assert_equal(several, one)
+    assert metrics.structure_scores(p, r, [], (0.9, 1.4, 2.0), threads=threads) == []
+
+
 @pytest.mark.parametrize("definition", ["voxel", "pooled", "area"])
 def test_what_runs_on_a_gpu_gives_the_same_rows(definition, monkeypatch):
     """The path of tensors on another device, taken on the CPU: the same numbers as arrays, in the form of both inputs."""

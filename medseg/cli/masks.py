@@ -26,6 +26,7 @@ def evaluate(
     matching: Literal["iou", "optimal", "overlap"] = "iou",
     min_iou: float = 0.5,
     connectivity: Literal[26, 18, 6] = 26,
+    sizes_mm3: tuple[float, ...] = (10.0, 100.0, 1000.0),
     definition: Literal["voxel", "pooled", "area"] = "voxel",
     missing: Literal["diagonal", "nan"] = "diagonal",
     tolerance_mm: float = 1.0,
@@ -55,6 +56,7 @@ def evaluate(
         matching: of lesions: one to one by highest IoU, one to one with the largest sum of IoUs, or any shared voxel
         min_iou: least IoU of a lesion with its match
         connectivity: voxels of one lesion touch by a corner (26), an edge (18) or a face (6)
+        sizes_mm3: limits, rising, of the classes of size by which the sensitivity for lesions is told, in mm3
         definition: of a surface: border voxels; the same, distances of both directions pooled; or elements by area
         missing: distance where one side lacks a structure: the diagonal of the image, or none
         tolerance_mm: tolerance of the normalised surface Dice, in mm
@@ -71,7 +73,7 @@ def evaluate(
         raise ValueError(
             f"compare must name other predictions, each once, got {prediction} and {', '.join(map(str, compare))}"
         )
-    rule = medseg.lesions.Lesions(matching, min_iou, connectivity, instances=instances)
+    rule = medseg.lesions.Lesions(matching, min_iou, connectivity, sizes_mm3, instances)
     _require_use(rule, lesions=lesions, instances=instances)
     rows = out if out is not None and _is_file_of_rows(out) else None
     if image is not None and (out is None or rows is not None):
@@ -117,7 +119,9 @@ def _require_use(rule: Any, *, lesions: bool, instances: bool) -> None:
     """Refuse options that would be without effect."""
     usual = medseg.lesions.Lesions()
     if rule != usual and not (lesions or instances):
-        raise ValueError("matching, min-iou and connectivity must go with --lesions or --instances, got neither")
+        raise ValueError(
+            "matching, min-iou, connectivity and sizes-mm3 must go with --lesions or --instances, got neither"
+        )
     if instances and rule.connectivity != usual.connectivity:
         raise ValueError("connectivity must go with --lesions, got --instances, whose numbers are taken as they are")
     if rule.rule == "overlap" and rule.min_iou != usual.min_iou:

@@ -13,6 +13,8 @@ from rich.progress import Progress
 from rich.table import Table
 from tyro.conf import arg
 
+import medseg
+
 __all__ = ["Device", "bar", "print_json", "print_table", "say", "show_evaluation", "show_warning"]
 
 Device = Annotated[str, arg(metavar="auto|cpu|cuda[:n]")]
@@ -21,6 +23,7 @@ METRICS = {"iou": "IoU", "dice": "Dice", "hd95_mm": "HD95 (mm)", "nsd": "NSD"}
 LESIONS = {
     "lesion_f1": "lesion F1", "lesion_sensitivity": "sensitivity", "false_positives": "false positives", "pq": "PQ",
 }  # fmt: skip
+WORST = 3
 POOLED = {"lesion_f1": "F1", "lesion_sensitivity": "sensitivity", "pq": "PQ"}
 INSTANCES = {"lesion_f1": "F1", "pq": "PQ", "ap50": "AP50", "ap75": "AP75", "ap": "mean AP"}
 PROBABILITIES = {"soft_dice": "soft Dice", "brier": "Brier score", "ece": "calibration error"}
@@ -52,12 +55,21 @@ def show_evaluation(evaluation: Any, json: bool, runs: Any = None, more: Mapping
         return
     _print_summary(evaluation)
     _print_pooled(evaluation)
+    _print_worst(evaluation)
     for row in evaluation.failed:
         say(f"{row['case']}: {row['error']}")
     for case, note in evaluation.notes.items():
         say(f"{case}: scored without probabilities: {note}")
     if runs:
         _print_runs(runs)
+
+
+def _print_worst(evaluation: Any) -> None:
+    """The worst of several cases, without those that failed or have nothing defined."""
+    ordered = [(case, value) for case, value in medseg.statistics.worst_cases(evaluation) if value == value]
+    if len(ordered) > 1:
+        worst = ", ".join(f"{case} {value:.3f}" for case, value in ordered[:WORST])
+        print(f"worst by mean Dice: {worst}; median {ordered[len(ordered) // 2][1]:.3f} of {len(ordered)}")
 
 
 def _print_runs(runs: Any) -> None:
