@@ -80,7 +80,9 @@ class TrainOptions(Record):
 
     out: Path = Field(description="run folder")
     model: str | None = Field(
-        None, description="unet2d, unet3d, unet2d-encoder, deeplabv3plus; as the images are when not given"
+        None,
+        description="unet2d, unet3d, unet2d-encoder, deeplabv3plus, sam-med (its frozen encoder sees each slice once), "
+        "sam-med-box (for medseg contour); as the images are when not given",
     )
     fold: Annotated[int, Field(ge=0)] | Literal["all", "none"] = Field(
         0,
@@ -116,6 +118,8 @@ class TrainOptions(Record):
         None, description="start from the weights of this run, of this file for the encoder, or of imagenet"
     )
     freeze: bool = Field(False, description="keep the encoder as it starts")
+    prompt_encoder: bool = Field(False, description="of sam-med-box: learn how prompts are read, too")
+    cache_size: str = Field("20GB", description="what cached embeddings of a frozen encoder may take")
     cache: Path | None = Field(None, description="folder of preprocessed cases to use and keep, shared by trainings")
     device: str = Field("auto", description="where to compute: auto, cpu, cuda or cuda:n")
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = Field(

@@ -13,7 +13,7 @@ from medseg.places import COUNTED
 from medseg.plan import Plan
 from medseg.prepared import PreparedCase
 
-__all__ = ["draw_batch"]
+__all__ = ["FOREGROUND_SHARE", "choose_place", "draw_batch"]
 
 FOREGROUND_SHARE = 0.5  # of the patches are placed on a structure
 LOOKED_AT = 10  # cases that are searched for the structure of a patch
@@ -46,7 +46,7 @@ def draw_batch(
     generator = np.random.default_rng([seed, step])
     foreground = int(batch * FOREGROUND_SHARE + generator.random())
     chosen = generator.permutation(batch) < foreground
-    drawn = [_choose(cases, plan, bool(on_structure), generator) for on_structure in chosen]
+    drawn = [choose_place(cases, plan, bool(on_structure), generator) for on_structure in chosen]
     kind = torch.int64 if not plan.overlapping else torch.float32 if any(c.soft for c, _ in drawn) else torch.int8
     layers = (len(plan.structures),) if plan.overlapping else ()
     images = torch.empty(batch, len(plan.channels), *plan.patch)
@@ -56,10 +56,10 @@ def draw_batch(
     return images, labels, torch.tensor([case.known for case, _ in drawn])
 
 
-def _choose(
+def choose_place(
     cases: Sequence[PreparedCase], plan: Plan, on_structure: bool, generator: np.random.Generator
 ) -> tuple[PreparedCase, np.ndarray | None]:
-    """A case, and the voxel (3,) that the patch must hold, if any."""
+    """A case, and the voxel (3,) that the patch must hold, if any: see :func:`draw_batch`."""
     case = cases[int(generator.integers(len(cases)))]
     if on_structure:
         wanted = int(generator.integers(len(plan.structures))) + 1

@@ -130,6 +130,10 @@ class Plan(Record):
         """Channels of the logits: the structures, and the background where they are exclusive."""
         return len(self.structures) + (not self.overlapping)
 
+    def window(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Voxels that the network predicts at a time of an image of this shape: a patch, or the whole of a slice."""
+        return tuple(shape[: self.dims]) if MODELS[self.model].whole_slices else self.patch
+
     def build(self) -> SegmentationNetwork:
         """The planned network with fresh weights."""
         options: dict[str, Any] = {"features": self.features, "strides": self.strides, "kernels": self.kernels}

@@ -102,6 +102,11 @@ class Run:
         path = self.path / WEIGHTS
         if not path.is_file():
             raise FileNotFoundError(f"run must hold {WEIGHTS}, got none in {self.path}; train it first")
+        if self.config.model == "sam-med-box":
+            raise ValueError(
+                f"run must be of a network without prompts, got {self.config.model} in {self.path}; draw boxes with medseg "
+                f"contour --model {self.path}"
+            )
         network = self.build()
         try:
             network.load_state_dict(load_file(path))

@@ -24,12 +24,15 @@ from medseg.config import TrainConfig
 from medseg.data import Case, Dataset, folds, load_dataset
 from medseg.device import pick_device
 from medseg.evaluation import Evaluation
+from medseg.finetuning import BOX_MODEL, MODELS_FROZEN, PromptTuner, promptable_of, slices_plan
 from medseg.inference import Predictor
 from medseg.learner import Learner
+from medseg.models.sam_med import SamMed
 from medseg.plan import Plan, make_plan, smaller_plan, united
 from medseg.prepared import PreparedCase, prepare
 from medseg.report import report_of_run
 from medseg.run import Run, is_run_file, write_json
+from medseg.sam_learner import SamLearner, embedding_once
 from medseg.scoring import Scoring
 from medseg.transfer import initialise, plan_of, with_architecture_of
 from medseg.validation import choose_postprocessing
@@ -38,6 +41,7 @@ __all__ = ["dataset_of", "planned", "prepared_cases", "require_fresh", "resumed"
 
 log = logging.getLogger("medseg")
 FOLDS = 5
+ROOM = "1000GB"  # for plans whose patch nothing shall make smaller
 
 
 def train(config: TrainConfig, plan: Plan | None = None, *, cache: Path | None = None) -> Run:
@@ -86,34 +90,43 @@ def train(config: TrainConfig, plan: Plan | None = None, *, cache: Path | None =
         folder = cache or config.cache or run.path / "cache"
         prepared = prepared_cases(run, cases, folder, config.workers, processes.is_global_zero)
     config = run.config.model_copy(update={"resume": config.resume})
-    with _deterministic(config.deterministic):
-        precision = run.plan.precision if config.precision == "auto" else config.precision
-        fabric = _fabric(device, precision)
-        scores = Scoring(fabric, validation, [prepared[c.id] for c in validation])
-        learner = Learner(
-            run,
-            config,
-            fabric,
-            precision,
-            _network(run, config, fabric),
-            [prepared[c.id] for c in training],
-            scores,
-            started,
-        )
-        with _memory_explained(run, str(device)):
-            learner.fit()
-        try:
-            _finish(run, fabric, precision, scores)
-            if fabric.is_global_zero and training != validation:
-                left = 60 * config.minutes - learner.elapsed_s if config.minutes else math.inf
-                log.info("postprocessing %s", choose_postprocessing(run, str(fabric.device), seconds=left).reason)
-        except KeyboardInterrupt:
-            log.warning("stopped after the last step; the same command with --resume makes the rest")
-            raise
-    fabric.barrier()
-    if folder == run.path / "cache" and fabric.is_global_zero:
+    parts = [[prepared[c.id] for c in some] for some in (training, validation)]
+    if config.model == BOX_MODEL:
+        PromptTuner(run, config, device, parts[0], parts[1], folder / "embeddings", started).fit()
+    else:
+        with _deterministic(config.deterministic), embedding_once(config, run.plan, folder):
+            _learn(run, config, device, validation, parts, started)
+    if folder == run.path / "cache" and processes.is_global_zero:
         shutil.rmtree(folder)
     return run
+
+
+def _learn(
+    run: Run,
+    config: TrainConfig,
+    device: torch.device,
+    validation: tuple[Case, ...],
+    prepared: list[list[PreparedCase]],
+    started: float,
+) -> None:
+    """All steps, the validation of the best weights and the choice of the postprocessing."""
+    precision = run.plan.precision if config.precision == "auto" else config.precision
+    fabric = _fabric(device, precision)
+    scores = Scoring(fabric, validation, prepared[1])
+    network = _network(run, config, fabric)
+    kind = SamLearner if isinstance(network, SamMed) else Learner
+    learner = kind(run, config, fabric, precision, network, prepared[0], scores, started)
+    with _memory_explained(run, str(device)):
+        learner.fit()
+    try:
+        _finish(run, fabric, precision, scores)
+        if fabric.is_global_zero and prepared[0] != prepared[1]:
+            left = 60 * config.minutes - learner.elapsed_s if config.minutes else math.inf
+            log.info("postprocessing %s", choose_postprocessing(run, str(fabric.device), seconds=left).reason)
+    except KeyboardInterrupt:
+        log.warning("stopped after the last step; the same command with --resume makes the rest")
+        raise
+    fabric.barrier()
 
 
 def dataset_of(config: TrainConfig) -> Dataset:
@@ -178,6 +191,8 @@ def _begun(
     device: str,
 ) -> Run:
     """The run to go on with, or a new one with its plan."""
+    if config.resume and config.model == BOX_MODEL:
+        raise ValueError(f"resume must go with another model than {BOX_MODEL}, which trains in minutes; use --force")
     if config.resume and (config.out / "plan.json").is_file():
         return resumed(config, plan, [c.id for c in validation])
     require_fresh(config)
@@ -191,6 +206,13 @@ def planned(config: TrainConfig, dataset: Dataset, cases: tuple[Case, ...], devi
     """The plan that the configuration names, or one made from the cases given."""
     if config.plan:
         return Plan.load(config.plan)
+    if config.model in MODELS_FROZEN:  # planned as on a GPU: the network sees whole slices wherever it runs
+        with _bar("planning", len(cases)) as update:
+            plan = make_plan(
+                dataset, cases, model="unet2d", device="cuda", overlapping=config.overlapping, workers=config.workers,
+                memory=ROOM, progress=update,
+            )  # fmt: skip
+        return slices_plan(plan, config)
     source = plan_of(config.init) if config.init else None
     if source and config.model not in (None, source.model):
         raise ValueError(f"model must be {source.model} as in the run {config.init} to start from, got {config.model}")
@@ -242,7 +264,11 @@ def _network(run: Run, config: TrainConfig, fabric: Fabric) -> Any:
     """The planned network, with the weights that it starts from."""
     torch.manual_seed(config.seed)
     network = run.build()
-    if config.init is not None and not (config.resume and run.has_checkpoint()):
+    if isinstance(network, SamMed):
+        if not (config.resume and run.has_checkpoint()):
+            network.start_from(promptable_of(config.init))
+        network.freeze_encoder()
+    elif config.init is not None and not (config.resume and run.has_checkpoint()):
         transfer = initialise(network, run.plan, config.init, whole_encoder=config.freeze)
         if fabric.is_global_zero:
             log.info("%s", transfer.summary())

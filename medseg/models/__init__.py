@@ -21,7 +21,8 @@ class ModelInfo:
 
     ``options`` are what the architecture takes beyond the channels, with their defaults: a plan gives ``features``,
     ``strides`` and ``kernels`` to models that have ``features``, and the name of an ``encoder`` to those that have that.
-    ``needs`` is the package beyond medseg's own, of the extra ``extra``.
+    ``needs`` is the package beyond medseg's own, of the extra ``extra``. Networks for ``whole_slices`` bring each to a
+    size of their own; others see patches.
     """
 
     build: Callable[..., SegmentationNetwork]
@@ -32,6 +33,7 @@ class ModelInfo:
     options: Mapping[str, Any] = field(default_factory=dict)
     needs: str | None = None
     extra: str | None = None
+    whole_slices: bool = False
 
     @property
     def encoder(self) -> str | None:
@@ -89,6 +91,7 @@ MODELS: dict[str, ModelInfo] = {
         options={"encoder": "lite-medsam"},
         needs="segment_anything",
         extra="sam",
+        whole_slices=True,
     ),
 }
 

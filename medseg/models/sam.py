@@ -14,6 +14,7 @@ Kirillov et al. (2023), Segment Anything, arXiv:2304.02643; Ma et al. (2024), Me
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
@@ -174,7 +175,7 @@ class PromptableModel(nn.Module):
             some_of = {k: None if t is None else t[part] for k, t in given.items()}
             labels = None if point_labels is None else point_labels[part]
             low, score = self._decode(embeddings, image_of[part], image_size, some_of, labels)
-            logits.append(self._on_image(low, image_size))
+            logits.append(self.on_image(low, image_size))
             scores.append(score)
         return torch.cat(logits), torch.cat(scores)
 
@@ -223,12 +224,10 @@ class PromptableModel(nn.Module):
         labels: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Logits (N, 1, 4h, 4h) on the square and predicted IoU (N,)."""
-        height, width = self.layout.inner_size(image_size)
-        scale = embeddings.new_tensor([width / image_size[1], height / image_size[0]], dtype=torch.float32)
         boxes, points, masks = given["box"], given["point"], given["mask"]
         sparse, dense = self.prompt_encoder(
-            points=None if points is None else (points.float() * scale, labels),
-            boxes=None if boxes is None else boxes.float() * scale.repeat(2),
+            points=None if points is None else (self.on_square(points, image_size), labels),
+            boxes=None if boxes is None else self.on_square(boxes, image_size),
             masks=masks,
         )
         alone = points is not None and boxes is None and masks is None and labels is not None
@@ -270,13 +269,19 @@ class PromptableModel(nn.Module):
         logits = torch.einsum("ntc,nchw->nthw", torch.stack(weights, 1), upscaled)
         return logits, decoder.iou_prediction_head(found[:, 0])[:, :tokens]
 
-    def _on_image(self, low: Tensor, image_size: tuple[int, int]) -> Tensor:
-        """Logits (N, 1, H, W) of logits (N, 1, 4h, 4h) on the square."""
+    def on_square(self, places: Tensor, image_size: Sequence[int]) -> Tensor:
+        """Points (..., 2) or boxes (..., 4) in pixels of an image (H, W), in pixels of the square."""
+        height, width = self.layout.inner_size(image_size)
+        scale = places.new_tensor([width / image_size[1], height / image_size[0]], dtype=torch.float32)
+        return places.float() * scale.repeat(places.shape[-1] // 2)
+
+    def on_image(self, low: Tensor, image_size: Sequence[int]) -> Tensor:
+        """Logits (N, 1, H, W) on an image of logits (N, 1, 4h, 4h) on the square."""
         if not self.layout.stretch:
             height, width = self.layout.inner_size(image_size)
             square = (self.size, self.size)
             low = F.interpolate(low, square, mode="bilinear", align_corners=False)[..., :height, :width]
-        return F.interpolate(low, image_size, mode="bilinear", align_corners=False)
+        return F.interpolate(low, tuple(image_size), mode="bilinear", align_corners=False)
 
 
 def load_promptable(model: str = "lite-medsam", checkpoint: str | Path | None = None) -> PromptableModel:
