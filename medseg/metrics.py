@@ -205,9 +205,7 @@ def structure_scores(
         if surface:
             workers = 1 if isinstance(prediction, torch.Tensor) else max(1, min(threads, len(labels)))
             with ThreadPoolExecutor(workers) as pool:
-                own = pool.map(
-                    lambda at: _surface(prediction, reference, *at, *options), zip(labels, boxes, strict=True)
-                )
+                own = pool.map(lambda n, box: _surface(prediction, reference, n, box, *options), labels, boxes)
                 scores = list(own)
     else:
         _require(prediction.ndim - 1, *options)

@@ -220,6 +220,8 @@ def test_the_report_tells_of_lesions(tmp_path: Path):
         medseg.write(missed if n else labels, tmp_path / "p" / f"{n}.nii.gz")
     text, _ = medseg_command("evaluate", tmp_path / "p", tmp_path / "r", "--lesions", "--out", tmp_path / "out")
     assert "all cases together" in text
+    dice = 2 * missed.array.sum() / (missed.array.sum() + array.sum(dtype=int))
+    assert f"worst by mean Dice: 1 {dice:.3f}, 2 {dice:.3f}, 0 1.000; median {dice:.3f} of 3" in text
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Lesions of all cases together" in page and "Lesions by size" in page
     row = page[page.index("10 to 100</td>") :]
