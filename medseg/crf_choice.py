@@ -23,6 +23,7 @@ __all__ = ["CRFChoice", "Gain", "choose", "crf_of_run"]
 log = logging.getLogger("medseg")
 Array = NDArray[Any]
 LEAST_GAIN = 0.001  # of mean Dice, below which no settings count as better than none
+LARGEST_P = 0.025  # that the best of all settings looks so good by luck
 RESAMPLES, SEED = 2000, 0
 LEAST_PATIENTS = 6  # that n of them gain by chance has probability 2^-n: with fewer no 95 % interval can be above 0
 
@@ -61,9 +62,15 @@ class CRFChoice(Choice):
         Different patients among the cases.
     tried : int
         How many settings were compared.
+    p : float
+        Of the best of these: that it looks so good by luck among so many (White's reality check [1]_, one-sided).
     overall : Gain
         The mean of all structures.
     structures : tuple of Gain
+
+    References
+    ----------
+    .. [1] White, Econometrica 2000, doi:10.1111/1468-0262.00152
     """
 
     file: ClassVar[str] = "crf.json"
@@ -71,6 +78,7 @@ class CRFChoice(Choice):
     best: dict[str, float] | None
     patients: int
     tried: int
+    p: float
     overall: Gain
     structures: tuple[Gain, ...]
 
@@ -136,8 +144,10 @@ def choose(
     Notes
     -----
     Each patient is held out in turn, the choice is made on the others (it may be not to use the CRF), and the patient's
-    change is that of this choice. The CRF is used if the 95 % interval of the mean change lies above 0, and that of no
-    structure below.
+    change is that of this choice. That is without bias, but its interval is too narrow where all patients choose alike.
+    So the CRF is used if the 95 % interval of the mean change lies above 0, that of no structure below, and luck among
+    so many settings has a probability of at most 2.5 %. Where no setting does anything, simulated tables of 6 to 24
+    patients and 18 settings had it used in 1 to 5 of 100.
     """
     of = np.unique(np.asarray(patients), return_inverse=True)[1]
     change = dice - dice[:, :1]
@@ -154,10 +164,12 @@ def choose(
     if len(every) > 1:
         overall = _gain("all structures", dice[:, 0], after, draws[:, defined].mean(1))
     best = _best(change)
-    used = best > 0 and of.max() + 1 >= LEAST_PATIENTS and _is_above(overall) and not any(map(_is_below, every))
+    p = _by_luck(change[:, 1:], of)
+    enough = of.max() + 1 >= LEAST_PATIENTS and p <= LARGEST_P
+    used = best > 0 and enough and _is_above(overall) and not any(map(_is_below, every))
     found = asdict(settings[best - 1]) if best else None
     return CRFChoice(
-        cases=len(dice), settings=found if used else None, best=found, patients=int(of.max()) + 1, tried=len(settings),
+        cases=len(dice), settings=found if used else None, best=found, patients=int(of.max()) + 1, tried=len(settings), p=p,
         overall=overall, structures=tuple(every),
     )  # fmt: skip
 
@@ -194,6 +206,15 @@ def _draws(change: Array, of: Array) -> Array:
     sums, counts = patients @ np.where(known, change, 0), patients @ known
     drawn = np.random.default_rng(SEED).multinomial(len(patients), np.full(len(patients), 1 / len(patients)), RESAMPLES)
     return np.asarray((drawn @ sums) / np.maximum(drawn @ counts, 1e-9))
+
+
+def _by_luck(change: Array, of: Array) -> float:
+    """Probability that the best of settings (cases, settings, structures) without any effect looks as good as this one."""
+    cases, count, structures = change.shape
+    draws = _draws(change.reshape(cases, -1), of).reshape(RESAMPLES, count, structures)
+    draws = draws[:, :, np.isfinite(change[:, 0]).any(0)].mean(2)
+    means = np.array([_mean(change[:, n]) for n in range(count)])
+    return float(np.mean((draws - means).max(1) >= means.max()))
 
 
 def _gain(name: str, before: Array, after: Array, draws: Array) -> Gain:

@@ -2,9 +2,9 @@
 
 Every setting of :func:`candidates`, and none at all, refines every case. The best is that of the highest mean Dice over
 cases and structures. What it gains is estimated by cross-validation over patients: each patient's cases are refined with
-the setting that the others would choose, so that the choice of the luckiest of many settings does not count as a gain.
-The CRF is used only if the 95 % interval of that gain, by bootstrap over patients, is above 0 and that of no structure
-below.
+the setting that the others would choose. The CRF is used only if the 95 % interval of that gain, by bootstrap over
+patients, is above 0, that of no structure below, and the best of so many settings is not so good by luck
+(:func:`medseg.crf_choice.choose`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from medseg.validation import HeldOut, held_out
 from medseg.volume import LabelMap, Structure, Volume, present_labels
 
 __all__ = [
-    "CRFChoice", "Observed", "candidates", "crf_of_run", "decided", "fit_crf", "is_run", "read_probabilities", "search",
+    "CRFChoice", "Observed", "Searched", "candidates", "crf_of_run", "decided", "fit_crf", "is_run", "read_probabilities",
+    "search",
 ]  # fmt: skip
 
 Array = NDArray[Any]
@@ -48,13 +49,11 @@ SOFT = "_probabilities"  # ends the names of files of probabilities, as predict 
 def candidates(pixel_mm: float) -> tuple[CRFParameters, ...]:
     """The settings that are tried, gentle ones first; widths grow with the size of a pixel (mm) in the slices.
 
-    Narrow to wide in space, strict to loose in intensity, weak to strong; and how far a certain model may be overruled.
+    Narrow to wide in space, strict to loose in intensity, weak to strong.
     """
     return tuple(
-        CRFParameters(pixel_mm, weight, wide * pixel_mm, share, strength, clip=clip)
-        for wide, share, (weight, strength), clip in product(
-            (3.0, 8.0, 25.0), (0.03, 0.08), ((1.0, 1.0), (1.0, 3.0), (3.0, 10.0)), (1e-3, 0.05)
-        )
+        CRFParameters(pixel_mm, smooth, wide * pixel_mm, share, strength)
+        for (smooth, strength), wide, share in product(((1.0, 1.0), (1.0, 3.0), (3.0, 10.0)), (6.0, 20.0), (0.03, 0.08))
     )
 
 
@@ -98,6 +97,26 @@ class Observed:
             both = int(mask.sum()) + int(reference.sum())
             found.append(2 * int((mask & reference).sum()) / both if both else 1.0)
         return found
+
+    def refined(self, parameters: CRFParameters, device: str) -> Volume | LabelMap:
+        """The probabilities after the CRF."""
+        if isinstance(self.probabilities, LabelMap):
+            return refine(self.image, self.probabilities, parameters=parameters, device=device)
+        return refine(self.image, self.probabilities, parameters=parameters, device=device)
+
+
+@dataclass(frozen=True)
+class Searched:
+    """Dice (cases, 1 + settings, structures) without the CRF and with each setting; NaN where a structure was not drawn."""
+
+    dice: Array
+    patients: tuple[str, ...]
+    settings: tuple[CRFParameters, ...]
+    structures: tuple[str, ...]
+
+    def choice(self) -> CRFChoice:
+        """What to use, and what it gains."""
+        return choose(self.dice, self.patients, self.settings, self.structures)
 
 
 def _of_run(folder: Path, device: str, most: int) -> Iterator[Observed]:
@@ -234,7 +253,8 @@ def fit_crf(
         members = member_runs(folder)
         count = min(most, sum(len(m.validation_ids()) for m in members))
         cases, structures = _of_run(folder, device, most), members[0].plan.as_structures()
-        return search(cases, structures, device=device, seconds=seconds, count=count, progress=progress).store(folder)
+        found = search(cases, structures, device=device, seconds=seconds, count=count, progress=progress)
+        return found.choice().store(folder)
     dataset = load_dataset(folder)
     root = folder if folder.is_dir() else folder.parent
     labelled = [c for c in dataset.cases if c.label is not None]
@@ -243,7 +263,7 @@ def fit_crf(
     chosen = [labelled[round(i)] for i in np.linspace(0, len(labelled) - 1, min(most, len(labelled)))]
     structures = labels_of(read_probabilities(files[chosen[0].id])).structures
     observed, count = _of_dataset(chosen, files), len(chosen)
-    return search(observed, structures, device=device, seconds=seconds, count=count, progress=progress)
+    return search(observed, structures, device=device, seconds=seconds, count=count, progress=progress).choice()
 
 
 def is_run(folder: Path) -> bool:
@@ -260,8 +280,8 @@ def search(
     seconds: float = float("inf"),
     count: int = 0,
     progress: Progress | None = None,
-) -> CRFChoice:
-    """Refine each case with each setting, choose the best of them or none, and estimate what it gains.
+) -> Searched:
+    """Refine each case with each setting, and take the Dice of each structure.
 
     Parameters
     ----------
@@ -287,20 +307,14 @@ def search(
         for n, parameters in enumerate(settings):
             with warnings.catch_warnings():  # structures that the guard keeps have no gain, and no loss
                 warnings.simplefilter("ignore", UserWarning)
-                rows.append(one.dice(_refined(one, parameters, device), structures))
+                rows.append(one.dice(one.refined(parameters, device), structures))
             if progress:
                 progress(len(table) * len(settings) + n + 1, count * len(settings))
         table.append(rows)
         patients.append(one.patient)
     if settings is None:
         raise ValueError("cases must be at least one, got none; give labelled cases that the model was not trained on")
-    return choose(np.array(table), patients, settings, [s.name for s in structures])
-
-
-def _refined(one: Observed, parameters: CRFParameters, device: str) -> Volume | LabelMap:
-    if isinstance(one.probabilities, LabelMap):
-        return refine(one.image, one.probabilities, parameters=parameters, device=device)
-    return refine(one.image, one.probabilities, parameters=parameters, device=device)
+    return Searched(np.array(table), tuple(patients), tuple(settings), tuple(s.name for s in structures))
 
 
 def _within(seconds: float, cases: Iterable[Observed]) -> Iterator[Observed]:
