@@ -45,6 +45,7 @@ _MODULES = (
     "contours",
     "crf",
     "crf_fit",
+    "crf_transform",
     "cross_validation",
     "data",
     "demo",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medseg.crf import CRFParameters, refine
+from medseg.crf_choice import crf_of_run
 from medseg.decision import decide, probabilities_on
 from medseg.device import has_bf16, pick_device
 from medseg.ensemble import Members, Mirrored, member_runs
@@ -405,7 +406,8 @@ def predict(
     channels : sequence of str, optional
         Names of the channels that the image holds, in its order, where some of the plan's are missing.
     crf : bool or CRFParameters
-        Refine the probabilities slice by slice before the decision, with gentle defaults or the parameters given.
+        Refine the probabilities slice by slice before the decision: with what :func:`medseg.crf_fit.fit_crf` stored in the
+        run (which may be not to), with gentle defaults where there is nothing or a Predictor is given, or with these.
     device : str
         "auto", "cpu", "cuda" or "cuda:n".
     progress : callable, optional
@@ -425,7 +427,9 @@ def predict(
     """
     predictor = run if isinstance(run, Predictor) else Predictor.load(run, device)
     volume = load_image(image)
-    parameters = CRFParameters() if crf is True else crf or None
+    parameters = crf if isinstance(crf, CRFParameters) else None
+    if crf is True:
+        parameters = CRFParameters() if isinstance(run, Predictor) else crf_of_run(run)
     return predictor.predict(volume, channels=channels, crf=parameters, progress=progress)[0]
 
 

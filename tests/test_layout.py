@@ -25,7 +25,7 @@ HOMES = {  # foreign package -> the only places that may import it
     "nibabel": ("medseg.io",),
     "SimpleITK": ("medseg.io", "medseg.resample"),
     "tifffile": ("medseg.io",),
-    "monai": ("medseg.transforms", "medseg.inference", "medseg.models", "medseg.losses"),
+    "monai": ("medseg.transforms", "medseg.inference", "medseg.models", "medseg.losses", "medseg.crf_transform"),
     "tyro": ("medseg.cli",),
 }
 BOTTOM = ("geometry", "preview", "volume", "resample", "sampling", "contours", "io")
