@@ -110,6 +110,7 @@ def table(out: Path) -> None:
     first = max(s["mean of structures"] for s in scores.values())
     print("| system | minutes | mean Dice of structures | against the best | steps | seconds a step | peak GB |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
+    plt.rcdefaults()  # nnU-Net leaves another style behind
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for system, row in scores.items():
         curve = json.loads((out / system / "curve.json").read_text())
@@ -151,8 +152,8 @@ def run_medseg(race: Race, out: Path) -> None:
         medseg.write(predicted, out / "predictions" / f"{case.id}.nii.gz", force=True)
     history = json.loads((out / "run" / "history.json").read_text())
     points = [[h["minutes"], h["dice"]] for h in history]
-    last = history[-1]
-    save_curve(out, points, steps=last["step"], step_s=60 * last["minutes"] / last["step"], peak_gb=None)
+    facts = json.loads((out / "run" / "training.json").read_text())
+    save_curve(out, points, steps=facts["steps"], step_s=facts["step_s"], peak_gb=facts["peak_memory_gb"])
 
 
 def save_curve(out: Path, points: Sequence[Sequence[float]], **facts: float | None) -> None:
