@@ -302,7 +302,7 @@ def search(
     patients: list[str] = []
     for one in _within(seconds, cases):
         if settings is None:
-            settings = candidates(float(np.sqrt(np.prod(one.image.geometry.spacing[:2]))))
+            settings = candidates(round(float(np.sqrt(np.prod(one.image.geometry.spacing[:2]))), 3))
         rows = [one.dice(one.probabilities, structures)]
         for n, parameters in enumerate(settings):
             with warnings.catch_warnings():  # structures that the guard keeps have no gain, and no loss
