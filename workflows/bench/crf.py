@@ -1,29 +1,34 @@
-"""The dense CRF beside pydensecrf2: error against the exact marginals, and time.
+"""The dense CRF beside pydensecrf2: error against the exact marginals, and time; or the memory of a large volume.
 
-``python workflows/bench/crf.py [LABELS ...]`` (2 and 6 by default). One CT-like slice of 512 x 512, one CPU thread;
-needs ``pip install pydensecrf2``, which compiles.
+``python workflows/bench/crf.py [--labels 2 6 20] [--threads 1 2] [--phantoms 3]`` prints a table of CT-like slices of
+512 x 512 with the settings of pydensecrf's examples; it needs ``pip install pydensecrf2``, which compiles and works on one
+thread whatever is asked. ``--memory SLICES`` refines 512 x 512 x SLICES, 6 labels, and prints the peak of memory.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+import resource
 import time
+import warnings
 from collections.abc import Callable
 
 import numpy as np
-import pydensecrf.densecrf as peer
 import torch
 from scipy import ndimage
 
+from medseg import Geometry, Volume, refine
 from medseg.crf import dense_crf
 
 SIZE, ITERATIONS = 512, 5
 GAUSSIAN, BILATERAL = (3.0, 3.0), (80.0, 13.0, 10.0)  # sigma and weight; sigma in space, in intensity, weight
+PHANTOMS = ((9.0, 2.8, 18.0), (6.0, 4.5, 30.0), (12.0, 2.0, 10.0))  # sharpness and noise of probabilities; noise in HU
 
 
-def slice_like_ct(labels: int) -> tuple[np.ndarray, np.ndarray]:
+def slice_like_ct(labels: int, phantom: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """An 8-bit image (H, W) with ``labels - 1`` organs, and soft, low-resolution probabilities (K, H, W) of them."""
-    rng = np.random.default_rng(0)
+    sharp, rough_logits, noise = PHANTOMS[phantom]
+    rng = np.random.default_rng(phantom)
     y, x = np.mgrid[:SIZE, :SIZE] / SIZE - 0.5
     hu, regions = np.full((SIZE, SIZE), -1000.0), np.zeros((SIZE, SIZE), int)
     hu[(x / 0.42) ** 2 + (y / 0.34) ** 2 < 1] = -90
@@ -33,16 +38,18 @@ def slice_like_ct(labels: int) -> tuple[np.ndarray, np.ndarray]:
         rough = 1.2 * ndimage.gaussian_filter(rng.standard_normal((SIZE, SIZE)), 8)
         organ = ((x - centre[0]) / radii[0]) ** 2 + ((y - centre[1]) / radii[1]) ** 2 + rough < 1
         regions[organ], hu[organ] = label, rng.uniform(-60, 180)
-    hu = ndimage.gaussian_filter(hu, 1) + 18 * ndimage.gaussian_filter(rng.standard_normal(hu.shape), 0.7)
+    hu = ndimage.gaussian_filter(hu, 1) + noise * ndimage.gaussian_filter(rng.standard_normal(hu.shape), 0.7)
     coarse = ndimage.zoom(ndimage.zoom(regions, 0.25, order=0), 4, order=0)
-    logits = 9 * ndimage.gaussian_filter(np.eye(labels)[coarse].transpose(2, 0, 1), (0, 3, 3))
-    logits += 2.8 * ndimage.gaussian_filter(rng.standard_normal(logits.shape), (0, 2, 2))
+    logits = sharp * ndimage.gaussian_filter(np.eye(labels)[coarse].transpose(2, 0, 1), (0, 3, 3))
+    logits += rough_logits * ndimage.gaussian_filter(rng.standard_normal(logits.shape), (0, 2, 2))
     p = np.exp(logits)
     return np.clip((hu + 160) / 400 * 255, 0, 255).round().astype(np.float32), (p / p.sum(0)).astype(np.float32)
 
 
 def by_peer(image: np.ndarray, p: np.ndarray) -> np.ndarray:
     """Marginals (K, H, W) by pydensecrf with the intensity as one feature."""
+    import pydensecrf.densecrf as peer  # not needed for --memory
+
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32)
     crf = peer.DenseCRF(SIZE * SIZE, len(p))
     crf.setUnaryEnergy(np.ascontiguousarray(-np.log(np.clip(p, 1e-5, 1)).reshape(len(p), -1)))
@@ -58,19 +65,28 @@ def by_us(image: np.ndarray, p: np.ndarray) -> np.ndarray:
 
 
 def exact(image: np.ndarray, p: np.ndarray) -> np.ndarray:
-    """Exact marginals in float64: an 8-bit image has 256 layers, in each of which the bilateral kernel is separable."""
+    """Exact marginals in float64: an 8-bit image has 256 layers, in each of which the bilateral kernel is separable.
+
+    Its matrices over position have few eigenvalues above 1e-13 of the largest: the rest are rounding errors.
+    """
 
     def gram(n: int, sigma: float) -> np.ndarray:
         return np.exp(-0.5 * np.square((np.arange(n)[:, None] - np.arange(n)) / sigma))
 
-    near, far, grey = gram(SIZE, GAUSSIAN[0]), gram(SIZE, BILATERAL[0]), gram(256, BILATERAL[1])
-    values = image.astype(int)
-    levels = np.unique(values)
+    values, vectors = np.linalg.eigh(gram(SIZE, BILATERAL[0]))
+    large = values > 1e-13 * values[-1]
+    root = vectors[:, large] * np.sqrt(values[large])  # root @ root.T is the kernel of position
+    near, grey = gram(SIZE, GAUSSIAN[0]), gram(256, BILATERAL[1])
+    of = image.astype(int)
+    levels = np.unique(of)
 
     def bilateral(q: np.ndarray) -> np.ndarray:
+        layers = np.stack([root.T @ np.where(of == level, q, 0) @ root for level in levels])
+        layers = np.tensordot(grey[np.ix_(levels, levels)], layers, 1)
         out = np.zeros_like(q)
-        for level in levels:
-            out += grey[values, level] * (far @ np.where(values == level, q, 0) @ far)
+        for level, layer in zip(levels, layers, strict=True):
+            here = of == level
+            out[here] = (root @ layer @ root.T)[here]
         return out
 
     ones = np.ones_like(image, np.float64)
@@ -89,33 +105,69 @@ def exact(image: np.ndarray, p: np.ndarray) -> np.ndarray:
     return q
 
 
-def fastest(run: Callable[[], np.ndarray], repeats: int = 5) -> tuple[float, np.ndarray]:
-    """CPU seconds of the fastest call, and its result."""
+def fastest(run: Callable[[], np.ndarray], repeats: int = 5) -> tuple[float, float, np.ndarray]:
+    """CPU and wall seconds of the fastest call, and its result."""
     taken = []
     for _ in range(repeats):
-        start = time.process_time()
+        start = time.process_time(), time.perf_counter()
         result = run()
-        taken.append(time.process_time() - start)
-    return min(taken), result
+        taken.append((time.process_time() - start[0], time.perf_counter() - start[1]))
+    return min(t[0] for t in taken), min(t[1] for t in taken), result
+
+
+def table(all_labels: list[int], threads: list[int], phantoms: int) -> None:
+    """Error and time of both, a row each."""
+    print(
+        "| labels | phantom | way | threads | CPU s | wall s | x pydensecrf2 (CPU, wall) | max error | mean error ",
+        end="",
+    )
+    print("| labels that differ |\n|" + " --- |" * 10)
+    for labels in all_labels:
+        for phantom in range(phantoms):
+            image, p = slice_like_ct(labels, phantom)
+            truth = exact(image, p)
+            rows = [("pydensecrf2", 1, *fastest(lambda image=image, p=p: by_peer(image, p)))]
+            for count in threads:
+                torch.set_num_threads(count)
+                rows.append(("medseg", count, *fastest(lambda image=image, p=p: by_us(image, p))))
+            for name, count, cpu, wall, got in rows:
+                wrong = 100 * (got.argmax(0) != truth.argmax(0)).mean()
+                error = np.abs(got - truth)
+                print(f"| {labels} | {phantom} | {name} | {count} | {cpu:.3f} | {wall:.3f} ", end="")
+                print(f"| {rows[0][2] / cpu:.2f}, {rows[0][3] / wall:.2f} | {error.max():.4f} ", end="")
+                print(f"| {error.mean():.1e} | {wrong:.4f} % |", flush=True)
+
+
+def memory(slices: int) -> None:
+    """Peak of memory beyond input and output for 6 labels of 512 x 512 x slices, all of them with organs."""
+    image, p = slice_like_ct(6)
+    volume = Volume(np.repeat(image[None, :, :, None], slices, 3), Geometry((SIZE, SIZE, slices), np.eye(4)))
+    soft = Volume(np.repeat(p[..., None].astype(np.float16), slices, 3), volume.geometry)
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # structures that shrink
+        after = refine(volume, soft, device="cpu")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = np.asarray(after.array).nbytes / 2**30
+    print(
+        f"{slices} slices: {(peak - before) / 2**20:.2f} GiB beyond the input, {result:.2f} of them the result,",
+        end=" ",
+    )
+    print(f"{(peak - before) / 2**20 - result:.2f} for the work; {time.process_time() - start:.0f} CPU s")
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--labels", type=int, nargs="+", default=[2, 6, 20])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--phantoms", type=int, choices=(1, 2, 3), default=3, help="how many of them")
+    parser.add_argument("--memory", type=int, metavar="SLICES", help="instead of the table")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    print("| labels | way | CPU s | times pydensecrf2 | max error | mean error | labels that differ |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for labels in [int(a) for a in sys.argv[1:]] or [2, 6]:
-        image, p = slice_like_ct(labels)
-        truth = exact(image, p)
-        ways = {
-            "pydensecrf2": fastest(lambda image=image, p=p: by_peer(image, p)),
-            "medseg": fastest(lambda image=image, p=p: by_us(image, p)),
-        }
-        for name, (seconds, got) in ways.items():
-            wrong = 100 * (got.argmax(0) != truth.argmax(0)).mean()
-            speed = ways["pydensecrf2"][0] / seconds
-            error = np.abs(got - truth)
-            print(f"| {labels} | {name} | {seconds:.3f} | {speed:.2f} | {error.max():.4f} |", end="")
-            print(f" {error.mean():.1e} | {wrong:.4f} % |", flush=True)
+    if options.memory:
+        memory(options.memory)
+    else:
+        table(options.labels, options.threads, options.phantoms)
 
 
 if __name__ == "__main__":
