@@ -18,7 +18,7 @@ from medseg.config import Record
 from medseg.crf import CRFParameters
 from medseg.run import Run
 
-__all__ = ["CRFChoice", "Gain", "choose", "crf_of_run"]
+__all__ = ["LEAST_PATIENTS", "CRFChoice", "Gain", "choose", "crf_of_run"]
 
 log = logging.getLogger("medseg")
 Array = NDArray[Any]

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from medseg.cases import Case
 from medseg.crf import CRFParameters, refine
-from medseg.crf_choice import CRFChoice, choose, crf_of_run
+from medseg.crf_choice import LEAST_PATIENTS, CRFChoice, choose, crf_of_run
 from medseg.data import load_dataset
 from medseg.ensemble import Members, is_ensemble, member_runs
 from medseg.inference import Predictor, load_image
@@ -246,14 +246,17 @@ def fit_crf(
 
     Notes
     -----
-    Time grows with cases times settings; memory is that of one case with two sets of probabilities.
+    Time grows with cases times settings (12); memory is that of one case with two sets of probabilities. Fewer cases than
+    6 cannot show a gain, and only the gentle defaults are tried on them.
     """
     folder = source.path if isinstance(source, Run) else Path(source)
     if is_run(folder):
         members = member_runs(folder)
         count = min(most, sum(len(m.validation_ids()) for m in members))
         cases, structures = _of_run(folder, device, most), members[0].plan.as_structures()
-        found = search(cases, structures, device=device, seconds=seconds, count=count, progress=progress)
+        found = search(
+            cases, structures, _enough(count), device=device, seconds=seconds, count=count, progress=progress
+        )
         return found.choice().store(folder)
     dataset = load_dataset(folder)
     root = folder if folder.is_dir() else folder.parent
@@ -263,7 +266,13 @@ def fit_crf(
     chosen = [labelled[round(i)] for i in np.linspace(0, len(labelled) - 1, min(most, len(labelled)))]
     structures = labels_of(read_probabilities(files[chosen[0].id])).structures
     observed, count = _of_dataset(chosen, files), len(chosen)
-    return search(observed, structures, device=device, seconds=seconds, count=count, progress=progress).choice()
+    found = search(observed, structures, _enough(count), device=device, seconds=seconds, count=count, progress=progress)
+    return found.choice()
+
+
+def _enough(count: int) -> tuple[CRFParameters, ...] | None:
+    """All settings; the gentle defaults alone for so few cases that none could be chosen."""
+    return None if count >= LEAST_PATIENTS else (CRFParameters(),)
 
 
 def is_run(folder: Path) -> bool:
