@@ -162,7 +162,7 @@ def _weight(weight: float | Tensor, name: str, like: Tensor) -> Tensor:
     k = like.shape[1]
     if weight.ndim != 0 and weight.shape != (k, k):
         raise ValueError(f"{name} must be a number or ({k}, {k}), got {tuple(weight.shape)}")
-    if not bool(torch.isfinite(weight).all()) or (weight.ndim == 0 and float(weight) < 0):
+    if not bool(torch.isfinite(weight).all()) or (weight.ndim == 0 and float(weight.detach()) < 0):
         raise ValueError(f"{name} must be finite, and a number must not be negative, got {weight.tolist()}")
     return weight if weight.ndim == 0 else (weight + weight.T) / 2
 

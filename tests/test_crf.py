@@ -79,7 +79,7 @@ def scene(seed: int, k: int = 2, c: int = 1, n: int = 1, h: int = 38, w: int = 4
     ],
 )
 def test_marginals_are_those_of_all_pairs(k, c, setting):
-    image, p = scene(k + 10 * c, k, c)
+    image, p = scene(k + 10 * c, k, c, **({"h": 26, "w": 30} if c > 2 else {}))
     got = dense_crf(image, p, **dict(zip(NAMES, setting, strict=True))).numpy()
     want = exact_marginals(image.numpy(), p.numpy(), setting)
     assert np.abs(got - want).max() <= 0.05
@@ -141,7 +141,7 @@ def test_short_cuts_cost_little(monkeypatch, no_short_cuts):
     whole = dense_crf(image, p)
     monkeypatch.undo()
     quick = dense_crf(image, p)
-    assert 0 < np.abs(whole - quick).max() < 0.03
+    assert 0 < float((whole - quick).abs().max()) < 0.03
 
 
 WEIGHTS = np.array([[2.0, -0.5, 0.3], [0.1, 4.0, 0.0], [0.0, 1.0, 3.0]])
@@ -158,9 +158,9 @@ def test_matrix_of_weights_is_that_of_all_pairs():
         bilateral_sigma_px=20.0,
         bilateral_weight=torch.tensor(2 * WEIGHTS),
     )
-    assert np.abs(got - exact_marginals(image.numpy(), p.numpy(), setting)).max() < 0.02
+    assert np.abs(got.numpy() - exact_marginals(image.numpy(), p.numpy(), setting)).max() < 0.02
     times_one = {"gaussian_weight": 3 * torch.eye(3), "bilateral_weight": 10 * torch.eye(3)}
-    assert np.abs(dense_crf(image, p, **times_one) - dense_crf(image, p)).max() < 0.02
+    assert float((dense_crf(image, p, **times_one) - dense_crf(image, p)).abs().max()) < 0.02
 
 
 def test_matrix_of_weights_is_the_negative_of_that_of_pydensecrf():
@@ -172,7 +172,7 @@ def test_matrix_of_weights_is_the_negative_of_that_of_pydensecrf():
     crf.addPairwiseGaussian(sxy=2, compat=-WEIGHTS.astype(np.float32))
     want = np.array(crf.inference(5)).reshape(3, h, w)
     got = dense_crf(image, p, gaussian_sigma_px=2.0, gaussian_weight=torch.tensor(WEIGHTS), bilateral_weight=0)
-    assert np.abs(got[0] - want).mean() < 0.01  # its lattice is coarse
+    assert np.abs(got[0].numpy() - want).mean() < 0.01  # its lattice is coarse
     assert (
         (got[0].argmax(0).numpy() != want.argmax(0)).mean() < 0.01 < (p[0].argmax(0).numpy() != want.argmax(0)).mean()
     )
@@ -210,6 +210,7 @@ def test_devices_agree():
         ({"bilateral_weight": -1}, "must not be negative"),
         ({"gaussian_weight": torch.eye(3)}, r"must be a number or \(2, 2\)"),
         ({"image": torch.arange(72.0).view(1, 1, 8, 9) * 1e7}, "bilateral grid must have at most"),
+        ({"image": torch.arange(288.0).view(1, 4, 8, 9) * 1e7}, "bilateral grid must have at most"),
     ],
 )
 def test_bad_input(change, message):
