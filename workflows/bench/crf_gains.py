@@ -26,7 +26,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tasks", default=",".join(TASKS))
-    parser.add_argument("--cases", type=int, default=40)
+    parser.add_argument("--cases", type=int, default=24)
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", UserWarning)
@@ -121,12 +121,9 @@ def best_of(found: Searched, part: np.ndarray) -> medseg.CRFParameters | None:
 def observed(row: Row, folder: Path) -> Observed:
     """A case with the probabilities that were kept."""
     image = medseg.read(row.image)
-    soft = replace(medseg.read(folder / "probabilities" / f"{row.case}_probabilities.nii.gz"), geometry=image.geometry)
+    soft = medseg.read(folder / "probabilities" / f"{row.case}_probabilities.nii.gz")
     reference = medseg.read_labels(row.label)
-    masks = {}
-    for s in decided(soft).structures:
-        known = reference.array == s.number if s.number in reference.names else reference.array < 0
-        masks[s.number] = known
+    masks = {s.number: reference.array == s.number for s in decided(soft).structures}
     return Observed(row.patient, image, soft, decided, masks)
 
 
@@ -178,7 +175,7 @@ def picture(
     k = int(np.count_nonzero(reference.array, axis=(0, 1)).argmax())
     grey = np.asarray(image.array)[:, :, :, k].mean(0).T
     places = np.argwhere(reference.array[:, :, k] > 0)
-    (i0, j0), (i1, j1) = np.maximum(places.min(0) - 25, 0), places.max(0) + 25
+    (i0, j0), (i1, j1) = np.maximum(places.min(0) - 25, 0), np.minimum(places.max(0) + 25, grey.T.shape)
     figure = Figure(figsize=(10.5, 3.8), layout="constrained")
     axes = figure.subplots(1, 3)
     for axis, (title, labels) in zip(
