@@ -52,7 +52,13 @@ def candidates(pixel_mm: float) -> tuple[CRFParameters, ...]:
     Narrow to wide in space, strict to loose in intensity, weak to strong.
     """
     return tuple(
-        CRFParameters(pixel_mm, smooth, wide * pixel_mm, share, strength)
+        CRFParameters(
+            gaussian_sigma_mm=pixel_mm,
+            gaussian_weight=smooth,
+            bilateral_sigma_mm=wide * pixel_mm,
+            bilateral_sigma_share=share,
+            bilateral_weight=strength,
+        )
         for (smooth, strength), wide, share in product(((1.0, 1.0), (1.0, 3.0), (3.0, 10.0)), (6.0, 20.0), (0.03, 0.08))
     )
 

@@ -136,6 +136,30 @@ def test_refine_writes_numbers_and_names_on_the_grid_of_the_image(world: Path) -
     assert (refined.array == predicted.array).mean() > 0.95
 
 
+def test_refine_fit_stores_a_choice_that_predict_follows_and_says(
+    world: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "medseg")
+    image = world / "set" / "images" / "case2.nii.gz"
+    common = ("predict", world / "run", image, "--device", "cpu")
+    medseg_command(*common, "--crf", "--out", world / "unfitted")
+    assert "gentle defaults that nothing was fitted for" in caplog.text
+    done = medseg_command("refine", "--fit", world / "run", "--device", "cpu", "--cases", 2)
+    assert "the CRF is not used: 2 validation cases of 2 patients cannot show a gain" in done.stdout
+    assert done.stdout.split()[-1] == str(world / "run" / "crf.json")
+    medseg_command(*common, "--crf", "--out", world / "chosen")
+    assert "the CRF is not used: 2 validation cases" in caplog.text
+    medseg_command(*common, "--out", world / "plain")
+    chosen, plain = (medseg.read_labels(world / name / "case2.nii.gz") for name in ("chosen", "plain"))
+    assert np.array_equal(chosen.array, plain.array)
+    record = json.loads((world / "run" / "crf.json").read_text())
+    record["settings"] = {"gaussian_weight": 2.0, "bilateral_weight": 0.0}  # as a fit on more cases might have found
+    (world / "run" / "crf.json").write_text(json.dumps(record))
+    medseg_command(*common, "--crf", "--out", world / "used")
+    assert "the CRF is used: 2 validation cases" in caplog.text
+    (world / "run" / "crf.json").unlink()
+
+
 def test_predict_goes_on_after_a_damaged_file_and_says_which(world: Path, tmp_path: Path) -> None:
     good, bad = tmp_path / "in" / "good_0000.nii.gz", tmp_path / "in" / "bad_0000.nii.gz"
     good.parent.mkdir()
