@@ -23,6 +23,7 @@ SHIFTS = 1, 2  # px, whose sum is that 3
 POSSIBLE = 1e-4  # ... and there only labels above this one
 CHUNK = 1 << 14  # pixels at a time, so that a CPU's cache holds them
 NODES_PER_SIGMA = 3.0, 3.0, 2.0, 1.5, 1.0  # of the bilateral grid, in space, and in intensity: the first that will do
+WIDE = 12.0  # px; the first of them only for a kernel at least so wide
 MOST_COLOURS = 4096  # nodes of several channels; up to three times as many at the last resort
 LARGEST_GRID = 1 << 26  # nodes
 TILE = 32  # side of the squares (px) in which the Gaussian is worked out
@@ -196,11 +197,11 @@ class _Colours:
     in use, and the grid is made wider until they are few enough.
     """
 
-    def __init__(self, image: Tensor, sigma: float) -> None:
+    def __init__(self, image: Tensor, sigma: float, nodes_per_sigma: Sequence[float]) -> None:
         channels = image.shape[1]
         place = image.transpose(0, 1).flatten(1)  # (C, P)
         place = (place - place.amin(1, keepdim=True)) / sigma
-        for per_sigma in NODES_PER_SIGMA[1:] if channels > 1 else NODES_PER_SIGMA[1:2]:
+        for per_sigma in nodes_per_sigma if channels > 1 else nodes_per_sigma[:1]:
             used, counts = self._nodes(place * per_sigma)
             if len(used) <= MOST_COLOURS:
                 break
@@ -248,7 +249,8 @@ class Bilateral:
 
     def __init__(self, image: Tensor, sigma: tuple[float, float], sigma_intensity: float) -> None:
         n, _, h, w = image.shape
-        colours = _Colours(image, sigma_intensity)
+        # Where nodes lie close in space they are many, and weights are gentle: fewer in intensity will do.
+        colours = _Colours(image, sigma_intensity, NODES_PER_SIGMA[1 if min(sigma) >= WIDE else 2 :])
         self.shape, self.blurs = [n], []  # type: tuple[list[int], list[tuple[Tensor, int]]]
         sides = [self._axis(a, s, image) for a, s in zip((h, w), sigma, strict=True)]
         self.shape.append(colours.count)
