@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from tyro.conf import FlagCreatePairsOff
 
 import medseg
+from medseg.cli.contour import contour
 from medseg.cli.data import check, convert, info, plan
 from medseg.cli.masks import evaluate
 from medseg.cli.models import demo, predict, train
@@ -29,7 +30,7 @@ from medseg.config import explained
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS: dict[str, Callable[..., Any]] = {
-    f.__name__: f for f in (demo, info, convert, check, plan, train, predict, refine, evaluate)
+    f.__name__: f for f in (demo, info, convert, check, plan, train, predict, contour, refine, evaluate)
 }
 
 
