@@ -115,7 +115,9 @@ class TrainOptions(Record):
         None, description="what the training may take, like 4GB; half of what is free by default"
     )
     init: str | None = Field(
-        None, description="start from the weights of this run, of this file for the encoder, or of imagenet"
+        None,
+        description="start from the weights of this run, of this file for the encoder, or of imagenet; for sam-med and "
+        "sam-med-box from lite-medsam, or NAME:FILE (sam-vit-b, sam-vit-l, sam-vit-h, medsam, mobile-sam)",
     )
     freeze: bool = Field(False, description="keep the encoder as it starts")
     prompt_encoder: bool = Field(False, description="of sam-med-box: learn how prompts are read, too")
@@ -137,6 +139,8 @@ class TrainOptions(Record):
             raise ValueError("epochs and minutes must not both be given")
         if isinstance(self.fold, int) and self.fold >= (self.folds or math.inf):
             raise ValueError(f"fold must be below the number of folds {self.folds}, got {self.fold}")
+        if self.model == "sam-med-box" and self.fold == "all":
+            raise ValueError("fold must be a number or none for sam-med-box, got all")
         if self.freeze and self.init is None:
             raise ValueError("freeze must go with init, got no weights to start from")
         return self

@@ -15,7 +15,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,54 +23,82 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from medseg.box_prompts import MIN_PIXELS, BoxModel, Prompt, box_of, ellipse_in, jittered, prompts_of, rows_of, spread
+from medseg.cases import Case, Dataset
 from medseg.config import TrainConfig
-from medseg.embeddings import EmbeddingCache, embedding_key
-from medseg.evaluation import Evaluation, score_case
+from medseg.device import pick_device
+from medseg.embeddings import EmbeddingCache
+from medseg.evaluation import Evaluation
+from medseg.io import read_channels
 from medseg.losses import DiceBCELoss
 from medseg.models.sam import PromptableModel, load_promptable
 from medseg.models.sam_layouts import LAYOUTS
 from medseg.network_plan import parse_bytes
 from medseg.pace import flat_since, peak_bytes, schedule, training_bar
 from medseg.plan import Plan
-from medseg.prepared import PreparedCase
+from medseg.prepared import PreparedCase, prepare
 from medseg.report import report_of_run
 from medseg.run import WEIGHTS, Run, save_tensors, write_json
 from medseg.scoring import mean
-from medseg.volume import LabelMap
+from medseg.volume import Geometry
 
-__all__ = ["AUTOMATIC", "BOX_MODEL", "MODELS_FROZEN", "RATE", "PromptTuner", "picture", "promptable_of", "slices_plan"]
+__all__ = [
+    "AUTOMATIC",
+    "BOX_MODEL",
+    "MODELS_FROZEN",
+    "RATE",
+    "PromptTuner",
+    "promptable_of",
+    "score_boxes",
+    "slices_plan",
+]
 
 log = logging.getLogger("medseg")
 BOX_MODEL = "sam-med-box"  # as a model of a training: the decoder for boxes
 AUTOMATIC = "sam-med"  # and the one without prompts
 MODELS_FROZEN = (AUTOMATIC, BOX_MODEL)
-MIN_PIXELS = 10  # of a structure on a slice to be prompted for
-JITTER = 20 / 1024  # of the longest side: by so much each side of a box may lie outside of the structure
 RATE = 0.1  # of the learning rate: the decoder has learnt before
 BATCH = 8  # prompts a step
-SOFT_TISSUE_HU = (-160.0, 240.0)  # the window that MedSAM's family learnt CT in
 ENCODING_SHARE = 0.5  # of the minutes that embeddings may take
 SHOWN_SLICES = 120  # validation slices at most
 VALIDATIONS = 8  # during a training
 MAX_NORM = 1.0  # of the gradient
-DISPLAY = dict(zip("RLAPSI", "LLPPII", strict=True))  # slices lie as they are shown: right on the left, head up
+SOFT_TISSUE_HU = (-160.0, 240.0)  # the window that MedSAM's family learnt CT in
+THICK = 1.5  # a step between slices that many times as wide as pixels says how a volume was scanned
+LOOKS = 10  # cases whose grids say which way the slices are
 
 
-def slices_plan(plan: Plan, config: TrainConfig) -> Plan:
-    """The plan of a 2D network as one for a frozen encoder: whole slices, lying as they are shown to a reader."""
+def slices_plan(plan: Plan, config: TrainConfig, cases: Sequence[Case]) -> Plan:
+    """The plan of a 2D network as one for a frozen encoder: whole slices of square pixels, as they are shown to a reader.
+
+    Slices are across the axis whose step is clearly wider than the other two, else axial, as prompts find them.
+    """
     name, _ = _named(config.init)
     changes: dict[str, Any] = {
         "model": AUTOMATIC, "encoder": name, "features": (), "strides": (), "kernels": (), "mirror": (), "swaps": (),
         "batch": config.batch or BATCH, "precision": "32-true",
     }  # fmt: skip
     if plan.orientation is not None:
-        changes["orientation"] = "".join(DISPLAY[letter] for letter in plan.orientation)
+        changes["orientation"], changes["spacing"] = _as_shown(
+            [read_channels(c.images).geometry for c in cases[:LOOKS]]
+        )
     if config.model == BOX_MODEL:
-        window = {"low": SOFT_TISSUE_HU[0], "high": SOFT_TISSUE_HU[1]}
+        window = dict(zip(("low", "high"), SOFT_TISSUE_HU, strict=True))
         changes["channels"] = tuple(c.model_copy(update=window) if c.scheme == "ct" else c for c in plan.channels)
     kept = {n: r for n, r in plan.reasons.items() if n not in changes}
     why = f"frozen encoder of {name}: whole slices, as they are shown"
     return plan.model_copy(update={**changes, "reasons": {**kept, "encoder": why}})
+
+
+def _as_shown(grids: Sequence[Geometry]) -> tuple[str, tuple[float, float, None]]:
+    """Orientation with the slices last, and the spacing (mm) within them: the same along rows and columns."""
+    order = [[next(n for n, c in enumerate(g.orientation) if c in pair) for pair in ("RL", "AP", "SI")] for g in grids]
+    spacings = np.median([np.asarray(g.spacing)[o] for g, o in zip(grids, order, strict=True)], axis=0)
+    widest = int(np.argmax(spacings))
+    across = widest if spacings[widest] > THICK * np.sort(spacings)[1] else 2
+    within = [a for a in range(3) if a != across]
+    step = round(float(min(spacings[a] for a in within)), 4)
+    return "".join("LPI"[a] for a in (*within, across)), (step, step, None)
 
 
 def promptable_of(init: str | None) -> PromptableModel:
@@ -91,52 +118,6 @@ def _named(init: str | None) -> tuple[str, str | None]:
             f"encoder, got {init!r}"
         )
     return name, file or None
-
-
-def picture(image: np.ndarray) -> Tensor:
-    """What a promptable model sees of a slice (C, I, J): (3, J, I) in 0..1, each channel stretched to 8 bits.
-
-    Rows of the picture run along J, columns along I: planes are stored with the column first.
-    """
-    low, high = image.min((1, 2), keepdims=True), image.max((1, 2), keepdims=True)
-    scaled = np.round((image - low) / np.maximum(high - low, 1e-6) * 255).astype(np.float32) / 255
-    return torch.from_numpy(scaled[[n % len(scaled) for n in range(3)]].transpose(0, 2, 1).copy())
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One structure on one slice of a case."""
-
-    case: PreparedCase
-    slice: int
-    structure: int  # from 0, in the order of the plan
-
-    def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """Slice (C, I, J) and mask (J, I)."""
-        shape = self.case.geometry.shape
-        image, label = self.case.window((0, 0, self.slice), (shape[0], shape[1], self.slice + 1))
-        layered = label.ndim == 4
-        mask = label[self.structure] >= 0.5 if layered else label == self.structure + 1
-        return image[..., 0].astype(np.float32), mask[..., 0].T.copy()
-
-
-def prompts_of(cases: Sequence[PreparedCase]) -> list[Prompt]:
-    """Every structure on every slice of cases, where it is large enough and was drawn, slice by slice."""
-    found = []
-    for case in cases:
-        label = case.label
-        layers = [label[n] >= 0.5 if label.ndim == 4 else label == n + 1 for n in range(len(case.known))]
-        counts = np.stack([layer.sum((0, 1)) for layer in layers])
-        found += [
-            Prompt(case, int(k), int(n)) for k, n in np.argwhere(counts.T >= MIN_PIXELS).tolist() if case.known[n]
-        ]
-    return found
-
-
-def box_of(mask: np.ndarray) -> np.ndarray:
-    """x0, y0, x1, y1 (pixels, the outermost of the structure) of a mask (rows, columns)."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return np.array([columns[0], rows[0], columns[-1], rows[-1]], np.float32)
 
 
 @dataclass
@@ -160,9 +141,9 @@ class PromptTuner:
         torch.manual_seed(self.config.seed)
         self.model = promptable_of(self.config.init).to(self.device)
         self.model.prompt_encoder.requires_grad_(self.config.prompt_encoder)
-        self.cache = EmbeddingCache(self.folder, parse_bytes(self.config.cache_size))
+        cache = EmbeddingCache(self.folder, parse_bytes(self.config.cache_size))
+        self.boxes = BoxModel(self.model, cache, self.device)
         self.loss = DiceBCELoss(exclusive=False)
-        self.keys: dict[tuple[Path, int], str] = {}  # of slices that were embedded
         self.batch = self.config.batch or BATCH
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(parameters, weight_decay=self.config.weight_decay)
@@ -210,42 +191,26 @@ class PromptTuner:
 
     def _shown(self) -> list[Prompt]:
         """Validation prompts on slices spread evenly over all cases."""
-        by_slice = [list(group) for _, group in groupby(prompts_of(self.validation), lambda p: (p.case.id, p.slice))]
-        places = np.linspace(0, len(by_slice) - 1, min(SHOWN_SLICES, len(by_slice))).round().astype(int)
-        return [prompt for n in dict.fromkeys(places.tolist()) for prompt in by_slice[n]]
+        return spread(prompts_of(self.validation), SHOWN_SLICES)
 
     def _embedded(self, prompts: Sequence[Prompt], what: str, limit: float) -> list[Prompt]:
         """The prompts whose slices have an embedding once the time is up, slices in random order until then."""
         slices = list({(p.case.file.path, p.slice): p for p in prompts}.values())
         order = np.random.default_rng(self.config.seed).permutation(len(slices))
-        begin, room = time.monotonic(), self.cache.limit_bytes // (2 * math.prod(self.model.embedding_shape))
+        begin, room = time.monotonic(), self.boxes.cache.limit_bytes // (2 * math.prod(self.model.embedding_shape))
         with training_bar(True) as show:
             for done, n in enumerate(order.tolist()):
-                if done and (self.elapsed_s > limit or len(self.keys) >= room):
+                if done and (self.elapsed_s > limit or len(self.boxes.keys) >= room):
                     break
-                self.embedding(slices[n])
+                self.boxes.embedding(slices[n])
                 left = (time.monotonic() - begin) / (done + 1) * (len(order) - done - 1)
                 show((done + 1) / len(order), f"embedding of {what} slices", left)
-        kept = [p for p in prompts if (p.case.file.path, p.slice) in self.keys]
+        kept = [p for p in prompts if (p.case.file.path, p.slice) in self.boxes.keys]
         log.info(
-            "%s: %d prompts on %d of %d slices, embedded in %.1f min", what, len(kept), min(done + 1, len(order)),
-            len(order), (time.monotonic() - begin) / 60,
+            "%s: %d prompts on %d of %d slices, embedded in %.1f min",
+            what, len(kept), len({(p.case.id, p.slice) for p in kept}), len(order), (time.monotonic() - begin) / 60,
         )  # fmt: skip
         return kept
-
-    def embedding(self, prompt: Prompt) -> Tensor:
-        """Embedding (256, h, h) of the slice of a prompt, float16 on the CPU."""
-        place = (prompt.case.file.path, prompt.slice)
-        if place not in self.keys:
-            self.keys[place] = self._key(prompt)
-        return self.cache.get(self.keys[place], lambda: self._encode(prompt))
-
-    def _key(self, prompt: Prompt) -> str:
-        image = (picture(prompt.read()[0]).numpy() * 255).round().astype(np.uint8)
-        return embedding_key(image, self.model.fingerprint, None, self.model.size)
-
-    def _encode(self, prompt: Prompt) -> Tensor:
-        return self.model.encode(picture(prompt.read()[0])[None].to(self.device))[0]
 
     # -- training -----------------------------------------------------------------------------------------------------
 
@@ -258,7 +223,7 @@ class PromptTuner:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * RATE * schedule(progress)
         self.model.train()
-        logits, predicted = self._decode(drawn, boxes, [mask.shape for mask in masks])
+        logits, predicted = self.boxes.decode(drawn, boxes, [mask.shape for mask in masks])
         losses = []
         for logit, mask, iou in zip(logits, masks, predicted, strict=True):
             target = torch.from_numpy(mask).to(self.device)[None, None]
@@ -273,34 +238,12 @@ class PromptTuner:
             raise ValueError(f"loss must stay finite, got {value} at step {self.step}; use a lower --learning-rate")
         return value
 
-    def _decode(
-        self, prompts: Sequence[Prompt], boxes: Sequence[np.ndarray], sizes: Sequence[tuple[int, ...]]
-    ) -> tuple[list[Tensor], Tensor]:
-        """Logits (1, 1, rows, columns) of each prompt on its slice, and predicted IoU (N,)."""
-        embeddings = torch.stack([self.embedding(p) for p in prompts]).to(self.device).float()
-        square = [self.model.on_square(torch.from_numpy(b), s) for b, s in zip(boxes, sizes, strict=True)]
-        sparse, dense = self.model.prompt_encoder(None, torch.stack(square).to(self.device), None)
-        low, iou = self.model.masks(embeddings, sparse, dense, tokens=1)
-        return [self.model.on_image(one[None], s) for one, s in zip(low, sizes, strict=True)], iou[:, 0]
-
     # -- validation ---------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def predicted(self, prompts: Sequence[Prompt]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Predicted and true mask (rows, columns) of each prompt, with exact boxes."""
-        self.model.eval()
-        pairs = []
-        for start in range(0, len(prompts), BATCH):
-            part = prompts[start : start + BATCH]
-            masks = [p.read()[1] for p in part]
-            logits, _ = self._decode(part, [box_of(m) for m in masks], [m.shape for m in masks])
-            pairs += [((logit[0, 0] > 0).cpu().numpy(), m) for logit, m in zip(logits, masks, strict=True)]
-        return pairs
 
     def _validate(self, progress: float, epoch: float) -> None:
         """Score the shown slices as volumes; keep the weights if they are the best so far."""
         totals: dict[tuple[str, int], np.ndarray] = {}
-        for prompt, (p, t) in zip(self.shown, self.predicted(self.shown), strict=True):
+        for prompt, (p, t) in zip(self.shown, self.boxes.predicted(self.shown), strict=True):
             place = (prompt.case.id, prompt.structure)
             totals[place] = totals.get(place, np.zeros(3)) + np.array([(p & t).sum(), p.sum(), t.sum()])
         dice = mean(2 * both / (p + t) for both, p, t in totals.values())
@@ -322,15 +265,13 @@ class PromptTuner:
         """Score the best weights, and report."""
         best = load_promptable(str(self.run.path))
         self.model.load_state_dict(best.state_dict())
-        rows: list[dict[str, Any]] = []
-        for case, prompts in groupby(self.shown, lambda p: p.case):
-            rows += self._rows(case, list(prompts))
+        rows = rows_of(self.shown, self.boxes.predicted(self.shown), self.run.plan)
         facts = {
             "steps": self.step,
             "epochs": self.step / per_epoch,
             "minutes": self.elapsed_s / 60,
             "minutes_embedding": self.begun_s / 60,
-            "slices": len(self.keys),
+            "slices": len(self.boxes.keys),
             "step_s": (self.elapsed_s - self.begun_s) / max(1, self.step),
             "peak_memory_gb": peak_bytes() / 1e9,
             "flat_since": flat_since(self.history),
@@ -346,25 +287,42 @@ class PromptTuner:
             ],
         )
 
-    def _rows(self, case: PreparedCase, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-        """Metrics of a case on the planned grid; slices that are not shown are empty on both sides."""
-        structures = self.run.plan.as_structures()
-        layers = np.zeros((2, len(structures), *case.geometry.shape), bool)
-        for prompt, pair in zip(prompts, self.predicted(prompts), strict=True):
-            for layer, mask in zip(layers, pair, strict=True):
-                layer[prompt.structure, :, :, prompt.slice] = mask.T
-        found, true = (LabelMap(layer, case.geometry, structures) for layer in layers)
-        return score_case(case.id, found, true, known=[structures[p.structure].number for p in prompts])
-
 
 def iou_of(mask: Tensor, target: Tensor) -> Tensor:
     """IoU () of two bool masks."""
     return (mask & target).sum() / (mask | target).sum().clamp(min=1)
 
 
-def jittered(box: np.ndarray, size: Sequence[int], random: np.random.Generator) -> np.ndarray:
-    """A box whose sides lie up to 20 pixels of 1024 further out, as those that a reader draws do."""
-    height, width = size
-    out = random.uniform(0, JITTER * max(size), 4).astype(np.float32)
-    moved = box + out * np.array([-1, -1, 1, 1], np.float32)
-    return np.clip(moved, 0, np.array([width - 1, height - 1] * 2, np.float32))
+def score_boxes(
+    run: Run | Path, dataset: Dataset, folder: Path, *, slices: int | None = None, device: str = "auto"
+) -> dict[str, Evaluation]:
+    """Exact boxes on cases that a fine-tuning never saw, answered by it, by what it started from, and by an ellipse.
+
+    Parameters
+    ----------
+    run : Run or path
+        Of a training of "sam-med-box".
+    dataset : Dataset
+        Other cases, of the same structures.
+    folder : Path
+        Where preprocessed cases and embeddings are kept.
+    slices : int, optional
+        At most so many slices, spread evenly over all cases.
+    device : str
+        "auto", "cpu", "cuda" or "cuda:n".
+
+    Returns
+    -------
+    dict of str to Evaluation
+        "before", "after" and "ellipse" (the one inscribed in each box): metrics of volumes on the planned grid, of slices
+        on which a structure has at least 10 pixels.
+    """
+    run, where = Run.open(run) if isinstance(run, Path) else run, pick_device(device)
+    prompts = prompts_of(prepare([c for c in dataset.cases if c.label is not None], run.plan, folder))
+    prompts = prompts if slices is None else spread(prompts, slices)
+    cache = EmbeddingCache(folder / "embeddings", parse_bytes(run.config.cache_size))
+    pairs = {}
+    for name, model in (("before", promptable_of(run.config.init)), ("after", load_promptable(str(run.path)))):
+        pairs[name] = BoxModel(model.to(where), cache, where).predicted(prompts)
+    pairs["ellipse"] = [(ellipse_in(box_of(true), true.shape), true) for _, true in pairs["after"]]
+    return {name: Evaluation(tuple(rows_of(prompts, some, run.plan))) for name, some in pairs.items()}

@@ -212,7 +212,7 @@ def planned(config: TrainConfig, dataset: Dataset, cases: tuple[Case, ...], devi
                 dataset, cases, model="unet2d", device="cuda", overlapping=config.overlapping, workers=config.workers,
                 memory=ROOM, progress=update,
             )  # fmt: skip
-        return slices_plan(plan, config)
+        return slices_plan(plan, config, cases)
     source = plan_of(config.init) if config.init else None
     if source and config.model not in (None, source.model):
         raise ValueError(f"model must be {source.model} as in the run {config.init} to start from, got {config.model}")

@@ -16,8 +16,9 @@ pytest.importorskip("segment_anything", reason="extra sam is not installed")
 pytest.importorskip("timm", reason="extra sam is not installed")
 
 import medseg
-from medseg import finetuning
-from medseg.finetuning import box_of, jittered, picture, promptable_of
+from medseg import box_prompts
+from medseg.box_prompts import box_of, ellipse_in, jittered, picture
+from medseg.finetuning import promptable_of
 from medseg.models import sam_layouts
 from medseg.models.sam import PromptableModel, load_promptable
 from medseg.models.sam_layouts import LAYOUTS, Layout
@@ -110,6 +111,12 @@ def test_boxes_lie_around_the_structure_and_are_moved_outwards() -> None:
     assert edge.tolist() == [0, 0, 59, 39]
 
 
+def test_ellipse_touches_the_sides_of_its_box() -> None:
+    mask = ellipse_in(np.array([5, 8, 24, 17], np.float32), (30, 40))
+    assert box_of(mask).tolist() == [5, 8, 24, 17]
+    assert mask.sum() == pytest.approx(np.pi * 10 * 5, rel=0.03)
+
+
 def test_pictures_have_the_column_first() -> None:
     image = np.arange(12.0, dtype=np.float32).reshape(1, 3, 4)  # i runs along columns, j along rows
     seen = picture(image)
@@ -118,14 +125,11 @@ def test_pictures_have_the_column_first() -> None:
     assert picture(np.zeros((3, 5, 6), np.float32)).shape == (3, 6, 5)
 
 
-def test_bad_requests_are_refused(start: str, dataset: Path, tmp_path: Path) -> None:
+def test_bad_requests_are_refused(start: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"init must be lite-medsam, .*got 'imagenet'"):
         medseg.train(tiny.config(dataset, tmp_path / "run", model="sam-med", init="imagenet"))
     with pytest.raises(ValueError, match="resume must go with another model than sam-med-box"):
         medseg.train(tiny.config(dataset, tmp_path / "run", model="sam-med-box", init=start, resume=True))
-    finetuning.MIN_PIXELS, before = 10_000, finetuning.MIN_PIXELS
-    try:
-        with pytest.raises(ValueError, match="cases must show a structure of at least 10000 pixels"):
-            medseg.train(tiny.config(dataset, tmp_path / "run", model="sam-med-box", init=start))
-    finally:
-        finetuning.MIN_PIXELS = before
+    monkeypatch.setattr(box_prompts, "MIN_PIXELS", 10_000)
+    with pytest.raises(ValueError, match="cases must show a structure"):
+        medseg.train(tiny.config(dataset, tmp_path / "run", model="sam-med-box", init=start))

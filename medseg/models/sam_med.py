@@ -151,6 +151,7 @@ class SamMed(SegmentationNetwork):
         inner = F.interpolate(low, square, mode="bilinear", align_corners=False)[..., :height, :width]
         return [F.interpolate(inner, image.shape[2:], mode="bilinear", align_corners=False)]
 
+    @torch.compiler.disable  # looks things up by their content
     def embed(self, image: Tensor) -> Tensor:
         """Embeddings (B, 256, h, h) of images (B, C, H, W); from what is kept where the encoder is frozen."""
         if not self.encoder_frozen or not _kept:
