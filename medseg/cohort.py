@@ -58,9 +58,10 @@ def pooled(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _sums(row: Mapping[str, Any], sizes: Sequence[str]) -> dict[str, float]:
     """What adds up over cases: counts, IoUs, pairs at the IoUs of the precisions, lesions found by size."""
     found = {key: float(row[key]) for key in COUNTS}
-    # NaN also for pairs that are many to many, which have no mean IoU
-    found["ious"] = row["sq"] * row["lesions_found"] if row["lesions_found"] else 0.0
     all_of_them = found["lesions"] + found["reference_lesions"]
+    # NaN for pairs that are many to many, which have no mean IoU, also where there is none
+    no_pair = 0.0 if np.isfinite(row["rq"]) or not all_of_them else np.nan
+    found["ious"] = row["sq"] * row["lesions_found"] if row["lesions_found"] else no_pair
     for key in PRECISIONS:  # pairs / (lesions of both sides - pairs)
         found[key] = row[key] * all_of_them / (1 + row[key]) if all_of_them else 0.0
     for size in sizes:

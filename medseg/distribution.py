@@ -10,12 +10,12 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-__all__ = ["distribution_picture"]
+__all__ = ["MOST_DRAWN", "distribution_picture"]
 
 GREY, BLUE, DPI = "#7d8794", (47, 134, 214), 150  # grey is readable on white and on black
 ROW_IN, WIDTH_IN = 0.34, 8.4
 SHARES = ("iou", "dice", "nsd", "precision", "recall")
-FULL = 40  # structures drawn; more do not fit a page
+MOST_DRAWN = 40  # structures drawn; more do not fit a page
 
 
 def distribution_picture(
@@ -40,7 +40,7 @@ def distribution_picture(
         that stand for a missing structure lie on the right edge as triangles.
     """
     scored = [row for row in rows if not row.get("error")]
-    names = list(dict.fromkeys(row["structure"] for row in scored))[:FULL]
+    names = list(dict.fromkeys(row["structure"] for row in scored))[:MOST_DRAWN]
     figure = Figure(figsize=(WIDTH_IN, ROW_IN * max(1, len(names)) + 0.75), dpi=DPI)
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]

@@ -135,10 +135,13 @@ def _score_all(
     rows: dict[str, CaseRows] = {}
     with ThreadPoolExecutor(workers) as pool:
         waiting = {pool.submit(attempt, case): case for case in pairs}
-        for done, future in enumerate(as_completed(waiting), 1):
-            rows[waiting[future]] = future.result()
-            if progress is not None:
-                progress(done, len(pairs))
+        try:
+            for done, future in enumerate(as_completed(waiting), 1):
+                rows[waiting[future]] = future.result()
+                if progress is not None:
+                    progress(done, len(pairs))
+        finally:  # an interrupted evaluation does not begin the cases that are left
+            pool.shutdown(cancel_futures=True)
     return [rows[case] for case in pairs]
 
 

@@ -144,10 +144,10 @@ def optimal_pairs(close: Sequence[Pair]) -> list[Pair]:
 def _assigned(group: Sequence[Pair]) -> list[Pair]:
     if len(group) == 1:
         return list(group)
-    references = list(dict.fromkeys(t.reference for t in group))
-    predictions = list(dict.fromkeys(t.prediction for t in group))
-    by_place = {(references.index(t.reference), predictions.index(t.prediction)): t for t in group}
-    gain = np.zeros((len(references), len(predictions)))
+    rows = {n: i for i, n in enumerate(dict.fromkeys(t.reference for t in group))}
+    columns = {n: i for i, n in enumerate(dict.fromkeys(t.prediction for t in group))}
+    by_place = {(rows[t.reference], columns[t.prediction]): t for t in group}
+    gain = np.zeros((len(rows), len(columns)))
     for place, pair in by_place.items():
         gain[place] = pair.iou
     chosen = zip(*(a.tolist() for a in linear_sum_assignment(gain, maximize=True)), strict=True)

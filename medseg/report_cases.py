@@ -50,7 +50,7 @@ def case_pictures(
         pair = read_case(*pairs[case], probabilities=False)
         p, r = (_named(side, names) for side in aligned_pair(case, pair.prediction, pair.reference, resample))
         colors.update({s.name: s.color for s in (*p.structures, *r.structures)})
-        scan = _scan(image, case, r)
+        scan = _scan(image, case, r, is_alone=len(pairs) == 1)
         shown = planes_picture(scan, p, r, focus="disagreement", zoom=True)
         values = ", ".join(
             f"{row['structure']} {row['dice']:.3f}"
@@ -77,22 +77,28 @@ def _named(labels: LabelMap, names: Mapping[int, str]) -> LabelMap:
     return replace(labels, array=np.where(scored, labels.array, np.zeros((), labels.array.dtype)), structures=kept)
 
 
-def _scan(image: Images | None, case: str, labels: LabelMap) -> Volume:
+def _scan(image: Images | None, case: str, labels: LabelMap, is_alone: bool) -> Volume:
     """The scan of a case on the grid of its labels; black where there is none."""
     grid: Geometry = labels.geometry
-    found = image
-    if isinstance(image, Mapping):
-        found = image.get(case)
-    elif callable(image):
-        found = image(case)
-    elif image is not None and not isinstance(image, Volume) and Path(image).is_dir():
-        files = [f for f in sorted(Path(image).iterdir()) if case_id(f) in (case, f"{case}_0000")]
-        found = files[0] if files else None
-    if found is None or isinstance(found, Mapping) or callable(found):
-        return Volume(np.zeros(grid.shape, np.uint8), grid)
+    black = Volume(np.zeros(grid.shape, np.uint8), grid)
     try:
+        found = _image_of(image, case, is_alone)
+        if found is None:
+            return black
         scan = found if isinstance(found, Volume) else read(found)
     except (OSError, ValueError) as problem:  # the tables are worth a report without it
         log.warning("scan of case %s is left out of the report: %s", case, problem)
-        return Volume(np.zeros(grid.shape, np.uint8), grid)
+        return black
     return scan if scan.geometry.is_close(grid) else resample_to(scan, grid)
+
+
+def _image_of(image: Images | None, case: str, is_alone: bool) -> Image | None:
+    """The image of a case: one named like it in a folder, which may itself be the series of a case that is alone."""
+    if isinstance(image, Mapping):
+        return image.get(case)
+    if callable(image):
+        return image(case)
+    if image is None or isinstance(image, Volume) or not Path(image).is_dir():
+        return image
+    files = [f for f in sorted(Path(image).iterdir()) if case_id(f) in (case, f"{case}_0000")]
+    return files[0] if files else image if is_alone else None

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from medseg.case_files import Source, Sources, format_rank, sources
-from medseg.distribution import distribution_picture
+from medseg.distribution import MOST_DRAWN, distribution_picture
 from medseg.evaluation import evaluate
 from medseg.io import is_mask_folder
 from medseg.io.files import require_free
@@ -179,6 +179,8 @@ def report_of_evaluation(
         what = (
             "Boxes: quartiles; whiskers: 1.5 interquartile ranges; one point per case; triangles: a structure missing."
         )
+        if len(structures) > MOST_DRAWN:
+            what += f" The first {MOST_DRAWN} of {len(structures)} structures."
         plot = Picture(distribution_picture(evaluation.rows, drawn, colors), what, f"Spread over cases. {what}")
         sections.append(Section("Distribution", [plot]))
     if comparison:

@@ -306,6 +306,21 @@ def test_a_case_in_which_nothing_was_drawn_is_listed():
     ]  # fmt: skip
 
 
+def test_an_interrupted_evaluation_does_not_go_on(monkeypatch):
+    monkeypatch.setattr(evaluation, "MOST_WORKERS", 1)
+    begun = []
+    score = evaluation.score
+    monkeypatch.setattr(evaluation, "score", lambda case, *a, **k: (begun.append(case), score(case, *a, **k))[1])
+
+    def stop(done: int, count: int) -> None:
+        raise KeyboardInterrupt
+
+    cases = dict.fromkeys(range(60), label_map(1))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(cases, cases, progress=stop)
+    assert len(begun) < 60
+
+
 def test_folders_without_a_match(folders, tmp_path):
     p, r = folders
     with pytest.raises(FileNotFoundError, match="prediction folder must hold label maps, got none in"):

@@ -147,6 +147,18 @@ def test_the_cohort_is_scored_as_one(seed, rule, cases):
     assert json.loads(again.to_json())["pooled"] == json.loads(found.to_json())["pooled"]
 
 
+def test_pooled_without_any_pair():
+    """Pairs that are many to many have no panoptic quality, whether there are some or none."""
+    array = np.zeros((2, 9, 5, 4), np.uint8)
+    array[0, 1:3, 1:3, 1:3], array[1, 5:7, 1:3, 1:3] = 1, 1
+    p, r = (LabelMap(own, Geometry.from_parts((9, 5, 4), (0.7, 1.3, 2.0))) for own in array)
+    for rule in ("overlap", "iou", "optimal"):
+        (entry,) = evaluate(p, r, lesions=Lesions(rule), surface=False).pooled
+        want = detection([match_lesions(array[0] > 0, array[1] > 0, (1, 1, 1), Lesions(rule))])
+        got = [entry[key]["value"] for key in ("lesion_f1", "sq", "rq", "pq")]
+        assert got == pytest.approx([want[key] for key in ("lesion_f1", "sq", "rq", "pq")], nan_ok=True)
+
+
 def test_pooled_is_not_the_mean_per_case():
     """One lesion of one found in a case, none of nine in another: 0.5 per case, 0.1 of all lesions."""
     grid = Geometry.from_parts((40, 5, 4), (1.0, 1.2, 2.5))

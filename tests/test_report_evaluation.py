@@ -94,6 +94,33 @@ def test_command_writes_everything_and_says_what_failed(folders, monkeypatch, ca
     assert run(p / "case_1.nii.gz", r / "case_1.nii.gz", "--out", out, "--force") == 0
 
 
+def test_scans_of_a_report(folders, caplog):
+    """An image that cannot be had leaves the report; the series of a case alone is a folder of another name."""
+    p, r = folders / "p" / "case_1.nii.gz", folders / "r" / "case_1.nii.gz"
+    found = evaluate(p, r)
+
+    def broken(case: str) -> Volume:
+        raise ValueError(f"no scan of {case}")
+
+    sizes = []
+    series = write_source(folders / "scan", GRID)
+    for image in (None, broken, series):
+        report_of_evaluation(folders / "report.html", found, p, r, image=image, force=True)
+        sizes.append(len((folders / "report.html").read_text()))
+    assert "scan of case case_1 is left out of the report: no scan of case_1" in caplog.text
+    assert sizes[0] == sizes[1] != sizes[2]
+    assert "series" not in caplog.text
+
+
+def test_the_report_says_what_it_does_not_draw(tmp_path):
+    array = np.zeros(GRID.shape, np.uint8)
+    array[:, :3, 0] = 1 + np.arange(48).reshape(16, 3)
+    labels = LabelMap(array, GRID)
+    found = evaluate(labels, labels, structures=range(1, 42), surface=False)
+    report_of_evaluation(tmp_path / "report.html", found, labels, labels)
+    assert "The first 40 of 41 structures." in (tmp_path / "report.html").read_text()
+
+
 def test_points_lie_at_their_values():
     rows = [{"case": str(n), "structure": "a", "dice": v} for n, v in enumerate((0.0, 1.0))]
     picture = np.asarray(Image.open(io.BytesIO(distribution_picture(rows, {"dice": "Dice"}, {"a": (255, 0, 0)}))))
