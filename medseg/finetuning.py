@@ -36,11 +36,13 @@ from medseg.models.sam_layouts import LAYOUTS
 from medseg.network_plan import parse_bytes
 from medseg.pace import flat_since, peak_bytes, schedule, training_bar
 from medseg.plan import Plan
+from medseg.planes import THICK
 from medseg.prepared import PreparedCase, prepare
 from medseg.report import report_of_run
 from medseg.run import WEIGHTS, Run, save_tensors, write_json
 from medseg.scoring import mean
 from medseg.volume import Geometry
+from medseg.windows import WINDOWS_HU
 
 __all__ = [
     "AUTOMATIC",
@@ -63,8 +65,6 @@ ENCODING_SHARE = 0.5  # of the minutes that embeddings may take
 SHOWN_SLICES = 120  # validation slices at most
 VALIDATIONS = 8  # during a training
 MAX_NORM = 1.0  # of the gradient
-SOFT_TISSUE_HU = (-160.0, 240.0)  # the window that MedSAM's family learnt CT in
-THICK = 1.5  # a step between slices that many times as wide as pixels says how a volume was scanned
 LOOKS = 10  # cases whose grids say which way the slices are
 
 
@@ -83,7 +83,7 @@ def slices_plan(plan: Plan, config: TrainConfig, cases: Sequence[Case]) -> Plan:
             [read_channels(c.images).geometry for c in cases[:LOOKS]]
         )
     if config.model == BOX_MODEL:
-        window = dict(zip(("low", "high"), SOFT_TISSUE_HU, strict=True))
+        window = dict(zip(("low", "high"), WINDOWS_HU["soft-tissue"], strict=True))
         changes["channels"] = tuple(c.model_copy(update=window) if c.scheme == "ct" else c for c in plan.channels)
     kept = {n: r for n, r in plan.reasons.items() if n not in changes}
     why = f"frozen encoder of {name}: whole slices, as they are shown"
