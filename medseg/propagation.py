@@ -30,7 +30,6 @@ RING_PX = 8  # width of what surrounds a drawn mask
 EDGE_PX = 2  # width of what surrounds a mask that is to stand out
 FLOOR = 0.002  # share of pixels of a bin that is expected without having been seen
 MOST = 2.0  # largest log ratio that one pixel may add
-UNLIKE = -0.2  # log ratio below which a pixel may be called unlike the tissue
 CLEAR = 0.2  # mean log ratio of a drawn mask below which its intensities tell nothing
 
 
@@ -106,7 +105,7 @@ class Tissue:
         self.usual = float((inside * self.ratio).sum() / max(1, inside.sum()))
         self.tells = self.usual > CLEAR
         drawn = [self.evidence(number)[mask] for number, mask in seeds.items()] if least > 0 else []
-        self.least = min(UNLIKE, float(np.quantile(np.concatenate(drawn), 1 - least))) if drawn else -np.inf
+        self.least = float(np.quantile(np.concatenate(drawn), 1 - least)) if drawn else -np.inf
 
     def _levels(self, number: int) -> Array:
         window, planes = self.model.window, self.model.planes
