@@ -50,8 +50,9 @@ def read_case(
         The prediction may be a file of probabilities, whose largest, or those from one half, are then the label map.
     names : tuple of mapping of number to name
         What the structures may be called where a file of probabilities does not say. The first with one entry per channel
-        (the background apart) counts, in the order of the numbers; after these those of the reference, unless it is a
-        DICOM object, which lists but what the case has. Else channel n is number n.
+        (the background apart) counts, in the order of the numbers; before these those of the label map beside it, after
+        these those of the reference, where files name them; but not those of a DICOM object, which lists but what the
+        case has. Else channel n is number n.
     probabilities : bool
         Whether to read those in ``<prediction>_probabilities.nii.gz`` (or .nrrd, .mha ...) beside the prediction, too.
     """
@@ -62,8 +63,7 @@ def read_case(
     else:
         true = _labels(reference)
         found = _prediction(prediction, true if from_series[0] else None)
-        if not from_series[1] and any(not is_made_up(s.name, s.number) for s in true.structures):
-            names = (*names, true.names)
+        names = (*names, *([] if from_series[1] else _own_names(true)))
     if isinstance(found, Volume):
         found = with_structures(found, names)
         return CasePair(labels_of(found), true, layers_of(found) if probabilities else None)
@@ -76,7 +76,13 @@ def read_case(
         return CasePair(found, true, note=str(problem))
     if not _are_probabilities(image):
         return CasePair(found, true, note=f"probabilities must be floats of 0 to 1, got others in {beside}")
+    names = (*([] if from_series[0] else _own_names(found)), *names)
     return CasePair(found, true, layers_of(with_structures(image, names)))
+
+
+def _own_names(labels: LabelMap) -> list[Mapping[int, str]]:
+    """The names of the structures by number, where a file names any."""
+    return [labels.names] if any(not is_made_up(s.name, s.number) for s in labels.structures) else []
 
 
 def _takes_a_grid(source: Source) -> bool:

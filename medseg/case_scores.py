@@ -169,7 +169,9 @@ def score(case: str, pair: CasePair, how: ScoringOptions, *, known: Collection[i
         soft = pair.prediction
     if soft is not None and not how.instances:
         try:
-            _add_probabilities(rows, *aligned_pair(f"{case} (probabilities)", soft, reference, how.resample))
+            layers = _layers_by_number(soft, pair.prediction, reference)
+            soft, _ = aligned_pair(f"{case} (probabilities)", soft, reference, how.resample)
+            _add_probabilities(rows, soft, layers, reference)
         except ValueError as problem:
             note = str(problem)
     if note:
@@ -230,11 +232,25 @@ def _crops(
         yield p[box], r[box], box
 
 
-def _add_probabilities(rows: Sequence[Row], soft: LabelMap, reference: LabelMap) -> None:
-    layer_of = {s.number: n for n, s in enumerate(soft.structures)}
+def _layers_by_number(soft: LabelMap, prediction: LabelMap, reference: LabelMap) -> dict[int, int]:
+    """The layer of probabilities by the number that its structure has in the rows.
+
+    That is the number of the same structure of the prediction; of one that the prediction lacks, that of the reference.
+    """
+    own = _matched(soft, prediction)
+    in_rows, alone = _new_numbers(prediction, reference), _new_numbers(own, reference)
+    found: dict[int, int] = {}
+    for layer, s in enumerate(own.structures):
+        number = in_rows.get(s.number, alone[s.number])
+        if s.number in in_rows or number in reference.names:
+            found.setdefault(number, layer)
+    return found
+
+
+def _add_probabilities(rows: Sequence[Row], soft: LabelMap, layers: Mapping[int, int], reference: LabelMap) -> None:
     found = {}
     for row in rows:
-        if (layer := layer_of.get(row["label"])) is not None:
+        if (layer := layers.get(row["label"])) is not None:
             truth = _mask(reference, row["label"])
             found[row["label"]] = probability_scores(soft.array[layer][None], truth[None])[0]
     for row in rows:  # when all of them are known to be probabilities
@@ -288,7 +304,14 @@ def _mask(labels: LabelMap, number: int) -> NDArray[Any]:
 
 
 def _matched(prediction: LabelMap, reference: LabelMap) -> LabelMap:
-    """The prediction with the numbers of the reference for the structures whose names both sides have.
+    """The prediction with the numbers of :func:`_new_numbers`."""
+    numbers = _new_numbers(prediction, reference)
+    moved = [replace(s, number=numbers[s.number]) for s in prediction.structures]
+    return prediction if tuple(moved) == prediction.structures else _renumbered(prediction, moved)
+
+
+def _new_numbers(prediction: LabelMap, reference: LabelMap) -> dict[int, int]:
+    """The numbers of the reference, by those of the prediction, for the structures whose names both sides have.
 
     Of the rest, those get new numbers whose own is that of another structure of the reference. Without a name in common,
     all go by number.
@@ -296,16 +319,16 @@ def _matched(prediction: LabelMap, reference: LabelMap) -> LabelMap:
     theirs, own = (_distinct_names(side) for side in (reference, prediction))
     shared = theirs.keys() & own.keys()
     if not shared:
-        return prediction
+        return {s.number: s.number for s in prediction.structures}
     claimed = {theirs[name] for name in shared}
     new = max(s.number for s in (*reference.structures, *prediction.structures))
-    moved = []
+    numbers = {}
     for s in prediction.structures:
         number = theirs[s.name] if s.name in shared else s.number
         if s.name not in shared and (number in claimed or _are_others(s.name, reference.names.get(number), number)):
             number = new = new + 1
-        moved.append(replace(s, number=number))
-    return prediction if tuple(moved) == prediction.structures else _renumbered(prediction, moved)
+        numbers[s.number] = number
+    return numbers
 
 
 def _are_others(name: str, other: str | None, number: int) -> bool:

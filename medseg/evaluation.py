@@ -55,7 +55,8 @@ def evaluate(
         a prediction holds probabilities (float layers, an image of probabilities, or one beside the label map, SEG,
         RTSTRUCT or folder of masks, named ``<case>_probabilities.nii.gz``), soft Dice, Brier score and calibration error
         are measured too. Their channels are the background and the structures that the file names; without names, those
-        of ``structures``, dataset.json or the reference that are as many, in the order of their numbers, else 1 to n. A
+        of the label map beside, ``structures``, dataset.json or the reference that are as many, in the order of their
+        numbers, else 1 to n. A
         file beside a prediction that cannot be used leaves its reason under "note".
     labels_present : bool, or mapping of case id to numbers of structures
         For partially labelled references: score in each case only the structures that its reference holds, or those

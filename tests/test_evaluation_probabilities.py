@@ -95,6 +95,45 @@ def test_channels_without_names(folders, by, beside):
         assert all(row["dice"] > 0.5 for row in rows[2 * n : 2 * n + 2])
 
 
+def blocks(numbers: tuple[int, int, int], names: dict[int, str]) -> LabelMap:
+    """Three blocks of these numbers (0: none)."""
+    array = np.zeros(GRID.shape, np.uint8)
+    for start, number in zip((2, 9, 16), numbers, strict=True):
+        array[start : start + 5, 2:9, 2:6] = number
+    return LabelMap(array, GRID, tuple(Structure(n, name) for n, name in names.items()))
+
+
+def test_probabilities_belong_to_the_structure_they_are_of(tmp_path):
+    """Whatever numbers these have, and whether or not the label map lists those that it has no voxel of."""
+    prediction = blocks((1, 0, 3), {1: "spleen", 3: "cyst"})
+    reference = blocks((2, 1, 0), {1: "liver", 2: "spleen", 3: "kidney"})
+    shares = np.stack([prediction.array == n for n in (0, 1, 2, 3)]) * np.float32(0.6) + np.float32(0.1)
+    structures = (Structure(1, "spleen"), Structure(2, "tumour"), Structure(3, "cyst"))
+    medseg.write(prediction, tmp_path / "p.nii.gz")
+    medseg.write(reference, tmp_path / "r.nii.gz")
+    medseg.write(Volume(shares, GRID, {"structures": structures}), tmp_path / "p_probabilities.nii.gz")
+    rows = {row["structure"]: row for row in evaluate(tmp_path / "p.nii.gz", tmp_path / "r.nii.gz").rows}
+    assert (rows["spleen"]["dice"], rows["cyst"]["dice"]) == (1, 0)
+    for name, channel, number in (("spleen", 1, 2), ("cyst", 3, 99)):
+        want = brier_score_loss(
+            (reference.array == number).ravel(), shares[channel].ravel().astype(float), labels=[0, 1]
+        )
+        assert rows[name]["brier"] == pytest.approx(want, abs=1e-6), name
+    assert not {"tumour", "kidney"} & {name for name, row in rows.items() if np.isfinite(row.get("brier", np.nan))}
+
+
+def test_channels_are_named_by_the_label_map_beside_them(tmp_path):
+    """Before the reference, which numbers the same structures in another order."""
+    prediction = blocks((1, 2, 0), {1: "spleen", 2: "liver"})
+    reference = blocks((2, 1, 0), {1: "liver", 2: "spleen"})
+    shares = np.stack([prediction.array == n for n in (0, 1, 2)]) * np.float32(0.6) + np.float32(0.2)
+    medseg.write(prediction, tmp_path / "p.nii.gz")
+    medseg.write(reference, tmp_path / "r.nii.gz")
+    medseg.write(Volume(shares, GRID), tmp_path / "p_probabilities.nii.gz")
+    for row in evaluate(tmp_path / "p.nii.gz", tmp_path / "r.nii.gz").rows:
+        assert (row["dice"], row["brier"]) == pytest.approx((1, 0.04), abs=1e-6)
+
+
 def test_channels_that_nothing_names_are_numbered(folders):
     """Names that are not as many as the channels do not fit."""
     medseg.write(soft(truth(0), False), folders / "a_probabilities.nii.gz")
