@@ -18,7 +18,7 @@ pytest.importorskip("timm", reason="extra sam is not installed")
 import medseg
 from medseg import box_prompts
 from medseg.box_prompts import box_of, ellipse_in, jittered, picture
-from medseg.finetuning import promptable_of
+from medseg.finetuning import promptable_of, score_boxes
 from medseg.models import sam_layouts
 from medseg.models.sam import PromptableModel, load_promptable
 from medseg.models.sam_layouts import LAYOUTS, Layout
@@ -72,6 +72,10 @@ def test_boxes_train_the_decoder_alone(start: str, dataset: Path, tmp_path: Path
     best = max([(facts["iou_before"], facts["dice_before"]), *((h["iou"], h["dice"]) for h in history)])
     assert np.mean([row["dice"] for row in rows]) == pytest.approx(best[1], abs=1e-6)
     assert (run.path / "report.html").is_file() and not (run.path / "cache").exists()
+    scores = score_boxes(run.path, medseg.load_dataset(dataset), tmp_path / "cache", slices=12, device="cpu")
+    assert set(scores) == {"before", "after", "ellipse"}
+    assert min(row["dice"] for row in scores["ellipse"].rows) > 0.85  # balls
+    assert [r["case"] for r in scores["after"].rows] == [r["case"] for r in scores["before"].rows]
     with pytest.raises(ValueError, match="draw boxes with medseg contour --model"):
         medseg.Predictor.load(run, "cpu")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ pytest.importorskip("transformers", reason="extra sam2 is not installed")
 from transformers.models import sam2_video
 from transformers.models.sam2 import configuration_sam2 as config2
 
+import medseg
 from medseg.models.sam2 import SliceTracker, load_sam2
 
 SIZE, COUNT, HEIGHT, WIDTH = 64, 9, 30, 44
@@ -162,6 +165,31 @@ def test_weights_come_from_a_folder(model: Any, tmp_path: Path) -> None:
     assert torch.equal(one.track()["a"], other.track()["a"])
     with pytest.raises(FileNotFoundError, match="SAM 2 must be a folder"):
         load_sam2(tmp_path / "nothing")
+
+
+def test_recipe_writes_on_the_grid_of_the_scan(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same masks as from the slices as they are shown, on a scan stored in another order."""
+    shape, spacing = (COUNT, WIDTH, HEIGHT), (4.0, 1.0, 1.5)  # head to feet first
+    direction = np.array([[0, -1, 0], [0, 0, 1], [-1, 0, 0]], float)
+    grid = medseg.Geometry.from_parts(shape, spacing, (10, -20, 30), direction)
+    assert grid.orientation == "ILA"
+    volume = slices()  # (slice, row, column)
+    stored = volume.numpy().transpose(0, 2, 1)[:, :, ::-1] * 400 - 160
+    medseg.write(medseg.Volume(np.round(stored).astype(np.int16), grid), tmp_path / "scan.nii.gz")
+    model.save_pretrained(tmp_path / "weights")
+    path = Path(__file__).resolve().parents[1] / "workflows" / "propagate_sam2.py"
+    monkeypatch.syspath_prepend(str(path.parent))
+    recipe = import_module("propagate_sam2")
+    out = tmp_path / "out.nii.gz"
+    recipe.main(
+        recipe.Recipe(tmp_path / "scan.nii.gz", str(tmp_path / "weights"), ["a:4:5,6,30,25"], out=out, device="cpu")
+    )
+    found = medseg.read_labels(out)
+    found.geometry.require_close(grid, "label map")
+    one = SliceTracker(model, torch.from_numpy(np.round(volume.numpy() * 400 - 160).astype(np.float32) + 160) / 400)
+    one.add_box("a", 4, (5, 6, 30, 25))
+    wanted = one.track()["a"].numpy().transpose(0, 2, 1)[:, :, ::-1]
+    assert np.mean(found.array.astype(bool) != wanted) < 1e-3 and wanted.any()
 
 
 def test_bad_input_is_refused(model: Any) -> None:
