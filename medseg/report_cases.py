@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from medseg.case_files import Sources, case_id, case_pairs
+from medseg.case_files import Sources, case_id, case_pairs, declared_names
 from medseg.case_reading import read_case
 from medseg.case_scores import aligned_pair
 from medseg.io import read
@@ -39,6 +39,9 @@ def case_pictures(
     instances = evaluation.are_instances
     ordered = [(case, value) for case, value in worst_cases(evaluation) if np.isfinite(value)]
     pairs = case_pairs(prediction, reference)
+    given = evaluation.settings.get("structures")
+    declared = declared_names(reference, prediction)
+    channels = tuple({int(n): name for n, name in own.items()} for own in (given, declared) if isinstance(own, Mapping))
     chosen = {case: f"number {n} from the worst" for n, (case, _) in enumerate(ordered[:WORST], 1)}
     if ordered:
         chosen.setdefault(ordered[len(ordered) // 2][0], "the median case")
@@ -47,7 +50,7 @@ def case_pictures(
     scores = dict(ordered)
     for case, why in chosen.items():
         names = {} if instances else {r["label"]: r["structure"] for r in evaluation.rows if r["case"] == case}
-        pair = read_case(*pairs[case], probabilities=False)
+        pair = read_case(*pairs[case], channels, probabilities=False)
         p, r = (_named(side, names) for side in aligned_pair(case, pair.prediction, pair.reference, resample))
         colors.update({s.name: s.color for s in (*p.structures, *r.structures)})
         scan = _scan(image, case, r, is_alone=len(pairs) == 1)

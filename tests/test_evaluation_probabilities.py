@@ -11,9 +11,10 @@ from evaluated import GRID, STRUCTURES, evaluate_json, medseg_command, moved, tr
 from sklearn.metrics import brier_score_loss
 
 import medseg
-from medseg import case_reading
+from medseg import case_reading, report_cases
 from medseg.evaluation import evaluate
 from medseg.io.dicom_write import write_series
+from medseg.report_evaluation import report_of_evaluation
 from medseg.volume import Geometry, LabelMap, Structure, Volume
 
 
@@ -132,6 +133,30 @@ def test_channels_are_named_by_the_label_map_beside_them(tmp_path):
     medseg.write(Volume(shares, GRID), tmp_path / "p_probabilities.nii.gz")
     for row in evaluate(tmp_path / "p.nii.gz", tmp_path / "r.nii.gz").rows:
         assert (row["dice"], row["brier"]) == pytest.approx((1, 0.04), abs=1e-6)
+
+
+@pytest.mark.parametrize("by", ["dataset.json", "structures"])
+def test_pictures_show_the_channels_as_they_were_scored(tmp_path, monkeypatch, by):
+    shown: list[LabelMap] = []
+    drawn = report_cases.planes_picture
+    monkeypatch.setattr(
+        report_cases, "planes_picture", lambda scan, p, r, **k: (shown.append(p), drawn(scan, p, r, **k))[1]
+    )
+    reference = LabelMap(truth(0).array, GRID)
+    p, r = tmp_path / "p" / "a_probabilities.nii.gz", tmp_path / "r" / "a.nii.gz"
+    medseg.write(soft(truth(0), False), p)
+    medseg.write(reference, r)
+    names = {1: "liver", 4: "spleen"}
+    if by == "dataset.json":
+        (tmp_path / "r" / "dataset.json").write_text('{"labels": {"0": "air", "1": "liver", "4": "spleen"}}')
+    found = evaluate(p, r, structures=names if by == "structures" else None, surface=False)
+    report_of_evaluation(tmp_path / "report.html", found, p, r)
+    (labels,) = shown
+    assert labels.names == names
+    assert [row["dice"] for row in found.rows] == pytest.approx([
+        2 * (labels.mask(n) & (reference.array == n)).sum() / (labels.mask(n).sum() + (reference.array == n).sum())
+        for n in names
+    ])  # fmt: skip
 
 
 def test_channels_that_nothing_names_are_numbered(folders):
