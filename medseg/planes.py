@@ -99,13 +99,12 @@ class Planes:
         """Distance between slices (mm)."""
         return self.geometry.spacing[self.axis]
 
-    @property
-    def square_size(self) -> tuple[int, int]:
-        """(H, W) of a slice with square pixels: the true proportions in mm, the longest side as it is."""
-        height, width = (n * s for n, s in zip(self.size, self.pixel_mm, strict=True))
+    def square_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(H, W) of a piece of a slice with square pixels: the true proportions in mm, the longest side as it is."""
+        height, width = (n * s for n, s in zip(size, self.pixel_mm, strict=True))
         if max(self.pixel_mm) <= ANISOTROPY * min(self.pixel_mm):
-            return self.size
-        pixel = max(height, width) / max(self.size)
+            return size
+        pixel = max(height, width) / max(size)
         return max(1, round(height / pixel)), max(1, round(width / pixel))
 
     def take(self, array: Array, number: int) -> Array:

@@ -20,6 +20,7 @@ __all__ = ["contour_object"]
 
 Array = NDArray[Any]
 Progress = Callable[[int, int], None]
+SURE = 0.7  # predicted IoU below which a structure may be too small for the model
 
 
 @dataclass
@@ -66,6 +67,7 @@ def contour_object(
     """
     planes = model.planes
     on, volume = _sorted_by_slice(model, prompts, masks)
+    model = _near_enough(model, on)
     first, last, within = 0, planes.count - 1, None
     seeds = {n: _drawn(model, n, p, p.rectangle) for n, p in on.items() if not p.is_correction}
     if volume is not None:
@@ -94,6 +96,18 @@ def contour_object(
     for n, mask in spread().items():
         planes.put(out, n, mask)
     return out
+
+
+def _near_enough(model: SliceModel, on: Mapping[int, _OnSlice]) -> SliceModel:
+    """The slices as they are, or zoomed, where the model doubts what is in the first box and is surer when it is near."""
+    number, rectangle = next(((n, p.rectangle) for n, p in on.items() if p.rectangle is not None), (0, None))
+    if rectangle is None:
+        return model
+    rated = float(model.logits(number, rectangle[None])[1][0])
+    if rated >= SURE:
+        return model
+    near = model.zoomed(rectangle)
+    return near if float(near.logits(number, rectangle[None])[1][0]) > rated else model
 
 
 def _sorted_by_slice(
@@ -154,4 +168,4 @@ def _drawn(model: SliceModel, number: int, on: _OnSlice, rectangle: Array | None
         logits = model.logits(number, boxes, points, inside)[0][0]
     if on.inside is None or on.outside is None:
         return np.asarray(logits > 0)
-    return corrected(logits, model.picture(number).mean(0).astype(np.uint8), on.inside, on.outside)
+    return corrected(logits, model.whole(number), on.inside, on.outside)

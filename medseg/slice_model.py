@@ -18,6 +18,9 @@ from medseg.windows import Window, slice_picture
 __all__ = ["Promptable", "SliceModel"]
 
 Array = NDArray[Any]
+ZOOM = 4.0  # how much wider than a structure the crop is that shows it large
+LEAST_CROP_PX = 24
+BEYOND = -20.0  # logits outside of a crop
 
 
 class Promptable(Protocol):
@@ -60,6 +63,8 @@ class SliceModel:
         Where embeddings are kept; on disk they also serve the next session.
     device : torch.device
         Where the model computes.
+    crop : (x0, y0, x1, y1), optional
+        Pixels x0 <= x < x1, y0 <= y < y1 that the model is shown; by default the whole slice.
 
     Notes
     -----
@@ -75,30 +80,50 @@ class SliceModel:
         window: Window,
         cache: EmbeddingCache,
         device: torch.device,
+        crop: tuple[int, int, int, int] | None = None,
     ) -> None:
         self.image, self.planes, self.model = image, planes, model
         self.window, self.cache, self.device = window, cache, device
+        height, width = planes.size
+        self.crop = crop or (0, 0, width, height)
+        size = self.crop[3] - self.crop[1], self.crop[2] - self.crop[0]
+        self.shown = planes.square_of(size)
         self._keys: dict[int, str] = {}
 
+    def zoomed(self, rectangle: Array) -> SliceModel:
+        """The same slices, of which the model is shown a square around x0, y0, x1, y1, four times as wide (>= 24 px)."""
+        height, width = self.planes.size
+        side = np.max((rectangle[2:] - rectangle[:2] + 1) * self.planes.pixel_mm[::-1])
+        sides = np.maximum(LEAST_CROP_PX, np.ceil(ZOOM * side / np.asarray(self.planes.pixel_mm[::-1]))).astype(int)
+        low = np.round((rectangle[:2] + rectangle[2:] + 1 - sides) / 2).astype(int)
+        low = np.clip(low, 0, np.maximum(0, np.array([width, height]) - sides))
+        high = np.minimum(low + sides, [width, height])
+        crop = (int(low[0]), int(low[1]), int(high[0]), int(high[1]))
+        return SliceModel(self.image, self.planes, self.model, self.window, self.cache, self.device, crop)
+
     def picture(self, number: int) -> Array:
-        """(3, H, W) uint8: the slice as the model sees it, before its pixels are made square."""
-        return slice_picture(self.planes.take(self.image.array, number), self.window)
+        """(3, H, W) uint8: the slice, or the crop of it, as the model sees it before its pixels are made square."""
+        x0, y0, x1, y1 = self.crop
+        return slice_picture(self.planes.take(self.image.array, number)[..., y0:y1, x0:x1], self.window)
+
+    def whole(self, number: int) -> Array:
+        """(H, W) uint8: all of a slice in grey, in the window."""
+        picture = slice_picture(self.planes.take(self.image.array, number), self.window)
+        return np.asarray(picture.mean(0).astype(np.uint8))
 
     def embedding(self, number: int) -> Tensor:
         """Embedding (1, 256, h, h) of a slice, float16 on the CPU."""
         made: list[Array] = []
         if number not in self._keys:
             made.append(self.picture(number))
-            square = "x".join(map(str, self.planes.square_size))
+            square = "x".join(map(str, self.shown))
             self._keys[number] = embedding_key(made[0], self.model.fingerprint, square, self.model.size)
 
         def make() -> Tensor:
             picture = torch.from_numpy(np.ascontiguousarray(made[0] if made else self.picture(number)))
             pixels = picture[None].to(self.device, torch.float32) / 255
-            if self.planes.square_size != self.planes.size:
-                pixels = F.interpolate(
-                    pixels, self.planes.square_size, mode="bilinear", align_corners=False, antialias=True
-                )
+            if self.shown != tuple(pixels.shape[2:]):
+                pixels = F.interpolate(pixels, self.shown, mode="bilinear", align_corners=False, antialias=True)
             return self.model.encode(pixels.clamp(0, 1))
 
         return self.cache.get(self._keys[number], make)
@@ -129,20 +154,25 @@ class SliceModel:
         given = boxes if boxes is not None else points
         if given is None:
             raise ValueError(f"prompt must be a box or points, got none on slice {number}")
-        square = self.planes.square_size
-        scale = torch.tensor([s / n for s, n in zip(square[::-1], self.planes.size[::-1], strict=True)])
+        x0, y0, x1, y1 = self.crop
+        size = (y1 - y0, x1 - x0)
         found, scores = self.model.decode(
             self.embedding(number).to(self.device, torch.float32),
             torch.zeros(len(given), dtype=torch.long, device=self.device),
-            square,
-            boxes=None if boxes is None else self._tensor(boxes, scale.repeat(2)),
-            points=None if points is None else self._tensor(points, scale),
+            self.shown,
+            boxes=None if boxes is None else self._shown(boxes, 2),
+            points=None if points is None else self._shown(points, 1),
             point_labels=None if inside is None else torch.as_tensor(inside, device=self.device),
         )
-        if square != self.planes.size:
-            found = F.interpolate(found, self.planes.size, mode="bilinear", align_corners=False)
-        return found[:, 0].float().cpu().numpy(), scores.float().cpu().numpy()
+        if self.shown != size:
+            found = F.interpolate(found, size, mode="bilinear", align_corners=False)
+        out = np.full((len(given), *self.planes.size), BEYOND, np.float32)
+        out[:, y0:y1, x0:x1] = found[:, 0].float().cpu().numpy()
+        return out, scores.float().cpu().numpy()
 
-    def _tensor(self, places: Array, scale: Tensor) -> Tensor:
-        """Pixels of the slice as pixels of the square picture; (centre + 1/2) scales, as pixels are areas."""
-        return ((torch.from_numpy(np.array(places, np.float32, order="C")) + 0.5) * scale - 0.5).to(self.device)
+    def _shown(self, places: Array, pairs: int) -> Tensor:
+        """Pixels of the slice as pixels of what is shown; (centre + 1/2) scales, as pixels are areas."""
+        x0, y0, x1, y1 = self.crop
+        scale = torch.tensor([self.shown[1] / (x1 - x0), self.shown[0] / (y1 - y0)]).repeat(pairs)
+        pixels = torch.from_numpy(np.array(places, np.float32, order="C")) - torch.tensor([x0, y0]).repeat(pairs)
+        return ((pixels + 0.5) * scale - 0.5).to(self.device)

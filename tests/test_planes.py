@@ -62,7 +62,7 @@ def test_default_planes_and_true_proportions() -> None:
     assert Planes.of(Geometry.from_parts((40, 30, 50), (5.0, 5.0, 2.5))).name == "axial"
     assert Planes.of(Geometry.from_parts((40, 30, 1), (1, 1, 1))).axis == 2
     assert Planes.of(thick, "axial").axis == 2
-    height, width = Planes.of(thick, "axial").square_size
+    height, width = Planes.of(thick, "axial").square_of(Planes.of(thick, "axial").size)
     assert (height, width) == (40, round(40 * 32 / 45)) or height / width == pytest.approx(45 / 32, rel=0.05)
     with pytest.raises(ValueError, match="axis must be"):
         Planes.of(thick, "oblique")

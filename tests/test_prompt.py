@@ -164,7 +164,7 @@ def test_slices_are_encoded_once_and_only_where_needed() -> None:
     session.contour("one")
     assert model.encoded == 1
     session.contour("one")
-    assert (model.encoded, model.decoded) == (1, 1)
+    assert (model.encoded, model.decoded) == (1, 2)  # a look at whether it is large enough, and the mask
     session.scribble("one", [widest(one, 2)[1][:3], widest(one, 2)[1][3:]])
     session.contour("one")
     assert model.encoded == 1
@@ -325,3 +325,24 @@ def test_bad_input(tmp_path: Path) -> None:
 def test_a_ball_is_where_it_should_be() -> None:
     grid = Geometry.from_parts((9, 8, 7), (1, 2, 3))
     assert ball(grid, np.array([4.0, 6.0, 9.0]), (1.5, 1.5, 1.5)).sum() == 7 - 4
+
+
+class Doubtful(Bright):
+    """Sure of itself only where a structure fills a good part of what it sees."""
+
+    def decode(self, embeddings, image_of, image_size, **prompts):  # type: ignore[no-untyped-def]
+        logits, iou = super().decode(embeddings, image_of, image_size, **prompts)
+        large = prompts["boxes"][:, 2] - prompts["boxes"][:, 0] > image_size[1] / 10
+        return logits, iou * large + 0.3 * ~large
+
+
+def test_small_structures_are_shown_near() -> None:
+    geometry = Geometry.from_parts((400, 300, 5), (0.5, 0.7, 3.0))
+    voxels = np.full(geometry.shape, -150, np.int16)
+    voxels[300:306, 40:44, 1:4] = 100
+    image, box = Volume(voxels, geometry, {"modality": "CT"}), (300, 40, 2, 305, 43, 2)
+    far, near = PromptSession(image, Bright()), PromptSession(image, Doubtful())
+    far.box("lesion", box)
+    near.box("lesion", box)
+    assert dice(near.contour("lesion"), voxels > 0) > 0.7
+    assert dice(near.contour("lesion"), voxels > 0) > dice(far.contour("lesion"), voxels > 0) + 0.2
