@@ -27,6 +27,7 @@ __all__ = [
     "Surface",
     "aligned_pair",
     "empty_row",
+    "require_names",
     "row_of",
     "score",
     "score_case",
@@ -110,10 +111,14 @@ class ScoringOptions:
 
 @dataclass(frozen=True)
 class CaseRows:
-    """Rows of one case: one per structure, and one per lesion where these were asked for."""
+    """Rows of one case: one per structure, and one per lesion where these were asked for.
+
+    ``names`` are those of the structures that either side or the data set knows.
+    """
 
     structures: list[Row]
     lesions: list[Row]
+    names: frozenset[str] = frozenset()
 
 
 def score_case(
@@ -140,21 +145,32 @@ def score_case(
         If the grids differ (unless ``resample``), or surface distances are asked for on a skewed grid.
     """
     how = ScoringOptions(structures, tolerance_mm, surface, lesions, labels_present, resample)
-    return score(case, CasePair(prediction, reference), how, known=known).structures
+    found = score(case, CasePair(prediction, reference), how, known=known)
+    require_names(how, found.names)
+    return found.structures
+
+
+def require_names(how: ScoringOptions, names: Collection[str]) -> None:
+    """Refuse structures that are asked for by a name that none of these is."""
+    wanted = how.structures if isinstance(how.structures, tuple) else ()
+    if unknown := [key for key in wanted if isinstance(key, str) and key not in names]:
+        raise ValueError(f"structures must be among {sorted(names)}, got {unknown}")
 
 
 def score(case: str, pair: CasePair, how: ScoringOptions, *, known: Collection[int] | None = None) -> CaseRows:
     """Rows of one case.
 
     Probabilities that cannot be used (on another grid, beyond 0..1) leave the rows without their metrics, and with the
-    reason under "note".
+    reason under "note". Structures asked for by a name that neither side knows have no row.
     """
     prediction, reference = aligned_pair(case, pair.prediction, pair.reference, how.resample)
-    p, r = prediction, reference
+    p, r, names = prediction, reference, frozenset[str]()
     if how.instances:
         p, r, wanted = _foreground(p), _foreground(r), [INSTANCES]
     else:
-        wanted = _chosen(prediction, reference, how)
+        there = _present(prediction, reference)
+        wanted = _chosen(there, reference, how)
+        names = names.union(how.declared.values(), (s.name for s in there))
         wanted = wanted if known is None else [s for s in wanted if s.number in known]
     numbers = [s.number for s in wanted]
     rows = [row_of(case, s, v) for s, v in zip(wanted, _values(case, p, r, numbers, how), strict=True)]
@@ -176,7 +192,7 @@ def score(case: str, pair: CasePair, how: ScoringOptions, *, known: Collection[i
             note = str(problem)
     if note:
         rows = [{**row, "note": note} for row in rows]
-    return CaseRows(rows, found)
+    return CaseRows(rows, found, names)
 
 
 def _add_lesions(
@@ -355,19 +371,21 @@ def _renumbered(labels: LabelMap, structures: Sequence[Structure]) -> LabelMap:
     return replace(labels, array=array, structures=tuple(structures))
 
 
-def _chosen(prediction: LabelMap, reference: LabelMap, how: ScoringOptions) -> list[Structure]:
-    """Structures to score, by number; names of the reference before those of the prediction, made-up names last."""
+def _present(prediction: LabelMap, reference: LabelMap) -> list[Structure]:
+    """Structures of either side; names of the reference before those of the prediction, made-up names last."""
     both = sorted((*reference.structures, *prediction.structures), key=lambda s: is_made_up(s.name, s.number))
-    found = {s.number: s for s in _told_apart(union(both))}
+    return _told_apart(union(both))
+
+
+def _chosen(there: Sequence[Structure], reference: LabelMap, how: ScoringOptions) -> list[Structure]:
+    """Structures to score, by number, of those that are ``there`` and of those that are asked for by number."""
+    found = {s.number: s for s in there}
     if isinstance(how.structures, Mapping):
         found = {n: replace(found.get(n, Structure(n, name)), name=name) for n, name in how.structures.items()}
     elif isinstance(how.structures, Sequence):
         number_of = {name: n for n, name in how.declared.items()} | {s.name: n for n, s in found.items()}
-        unknown = [key for key in how.structures if isinstance(key, str) and key not in number_of]
-        if unknown:
-            raise ValueError(f"structures must be among {sorted(number_of)}, got {unknown}")
-        wanted = [number_of[str(key)] if isinstance(key, str) else int(key) for key in how.structures]
-        found = {n: found.get(n, Structure(n, how.declared.get(n, f"label {n}"))) for n in wanted}
+        wanted = [number_of.get(key, 0) if isinstance(key, str) else int(key) for key in how.structures]
+        found = {n: found.get(n, Structure(n, how.declared.get(n, f"label {n}"))) for n in wanted if n}
     if how.labels_present:
         found = {n: s for n, s in found.items() if n in reference.names and _mask(reference, n).any()}
     return _told_apart(found[n] for n in sorted(found))

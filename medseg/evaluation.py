@@ -8,7 +8,17 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from medseg.case_files import Source, Sources, case_pairs, declared_names, is_made_up, is_many, paired, sources
 from medseg.case_reading import read_case
-from medseg.case_scores import CaseRows, ScoringOptions, Structures, Surface, empty_row, row_of, score, score_case
+from medseg.case_scores import (
+    CaseRows,
+    ScoringOptions,
+    Structures,
+    Surface,
+    empty_row,
+    require_names,
+    row_of,
+    score,
+    score_case,
+)
 from medseg.lesions import Lesions
 from medseg.scores import Evaluation, Row
 from medseg.volume import Structure
@@ -104,6 +114,13 @@ def evaluate(
     else:
         ((name, pair),) = case_pairs(prediction, reference).items()
         found = {name: scored(name, pair)}
+    scored_rows = {case: one for case, one in found.items() if not any("error" in row for row in one.structures)}
+    try:
+        require_names(how, frozenset().union(*(one.names for one in scored_rows.values())))
+    except ValueError as problem:
+        if not many:
+            raise
+        found |= {case: _failure(case, str(problem)) for case in scored_rows}
     rows = {case: one.structures for case, one in found.items()}
     found_lesions = [row for one in found.values() for row in one.lesions]
     if not how.instances:

@@ -148,6 +148,22 @@ def test_two_structures_of_one_name_are_told_apart():
     assert [row["structure"] for row in evaluate(p, r, structures={1: "x", 2: "x"}).rows] == ["x", "x (2)"]
 
 
+def test_a_name_that_one_case_lacks_is_an_empty_row_there():
+    """As in DICOM objects, which list but what they hold; a name that no case knows is refused."""
+    full, part = lines({1: "liver", 2: "tumour"}, i1=1, i4=2), lines({1: "liver"}, i1=1)
+    result = evaluate({"a": full, "b": part}, {"a": full, "b": part}, structures=["tumour"])
+    assert [(row["case"], row["structure"], row["label"]) for row in result.rows] == [
+        ("a", "tumour", 2), ("b", "tumour", 2)
+    ]  # fmt: skip
+    assert (result.summary[0]["n"], result.summary[0]["n_defined"]) == (2, 1)
+    typo = evaluate({"a": full, "b": part}, {"a": full, "b": part}, structures=["liver", "tumuor"])
+    reason = "structures must be among ['liver', 'tumour'], got ['tumuor']"
+    assert [(row["case"], row["error"]) for row in typo.rows] == [("a", reason), ("b", reason)]
+    for score in (evaluate, lambda p, r, **more: score_case("x", p, r, **more)):
+        with pytest.raises(ValueError, match=r"structures must be among \['liver'\], got \['tumour'\]"):
+            score(part, part, structures=["tumour"])
+
+
 def test_overlapping_layers_and_probabilities():
     layers = np.zeros((2, *GRID.shape), bool)
     layers[0, 2:9], layers[1, 5:12] = True, True
