@@ -160,8 +160,8 @@ class SliceModel:
             self.embedding(number).to(self.device, torch.float32),
             torch.zeros(len(given), dtype=torch.long, device=self.device),
             self.shown,
-            boxes=None if boxes is None else self._shown(boxes, 2),
-            points=None if points is None else self._shown(points, 1),
+            boxes=None if boxes is None else self._shown_boxes(boxes),
+            points=None if points is None else self._shown_points(points),
             point_labels=None if inside is None else torch.as_tensor(inside, device=self.device),
         )
         if self.shown != size:
@@ -170,9 +170,20 @@ class SliceModel:
         out[:, y0:y1, x0:x1] = found[:, 0].float().cpu().numpy()
         return out, scores.float().cpu().numpy()
 
-    def _shown(self, places: Array, pairs: int) -> Tensor:
-        """Pixels of the slice as pixels of what is shown; (centre + 1/2) scales, as pixels are areas."""
+    def _shown_boxes(self, boxes: Array) -> Tensor:
+        """Boxes whose corners are centres of pixels as the model takes them: from outer edge to outer edge."""
+        x0, y0, _, _ = self.crop
+        edges = torch.from_numpy(np.array(boxes, np.float32, order="C")) + torch.tensor([0, 0, 1, 1])
+        return ((edges - torch.tensor([x0, y0, x0, y0])) * self._scale.repeat(2)).to(self.device)
+
+    def _shown_points(self, points: Array) -> Tensor:
+        """Centres of pixels as centres of pixels of what is shown; (centre + 1/2) scales, as pixels are areas."""
+        x0, y0, _, _ = self.crop
+        pixels = torch.from_numpy(np.array(points, np.float32, order="C")) - torch.tensor([x0, y0])
+        return ((pixels + 0.5) * self._scale - 0.5).to(self.device)
+
+    @property
+    def _scale(self) -> Tensor:
+        """Pixels of what is shown to a pixel of the slice, along x and y."""
         x0, y0, x1, y1 = self.crop
-        scale = torch.tensor([self.shown[1] / (x1 - x0), self.shown[0] / (y1 - y0)]).repeat(pairs)
-        pixels = torch.from_numpy(np.array(places, np.float32, order="C")) - torch.tensor([x0, y0]).repeat(pairs)
-        return ((pixels + 0.5) * scale - 0.5).to(self.device)
+        return torch.tensor([self.shown[1] / (x1 - x0), self.shown[0] / (y1 - y0)])

@@ -46,8 +46,8 @@ class Bright:
             level, where = None, torch.ones_like(picture, dtype=torch.bool)
             if boxes is not None:
                 x0, y0, x1, y1 = boxes[n].tolist()
-                where = (columns >= x0 - 0.5) & (columns <= x1 + 0.5) & (rows >= y0 - 0.5) & (rows <= y1 + 0.5)
-                level = picture[int((y0 + y1) / 2), int((x0 + x1) / 2)]
+                where = (columns >= x0 - 0.5) & (columns < x1 - 0.4) & (rows >= y0 - 0.5) & (rows < y1 - 0.4)  # edges
+                level = picture[int((y0 + y1 - 1) / 2), int((x0 + x1 - 1) / 2)]
             if points is not None and point_labels is not None:
                 for (x, y), inside in zip(points[n].tolist(), point_labels[n].tolist(), strict=True):
                     if inside == 1 and level is None:
