@@ -11,21 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medseg.calibration import probability_scores
-from medseg.case_files import declared_in, is_made_up
+from medseg.case_files import declared_in
 from medseg.case_reading import CasePair
+from medseg.case_structures import aligned_pair, layers_by_number, structures_of_both, told_apart
 from medseg.lesions import Lesions, lesion_rows, match_lesions
 from medseg.metrics import Missing, require_tolerance, structure_boxes, structure_scores
-from medseg.resample import resample_to
 from medseg.scores import COLUMNS, VOLUMES, Row
 from medseg.surface import DEFAULT_DEFINITION, Definition
-from medseg.volume import LabelMap, Structure, union
+from medseg.volume import LabelMap, Structure, present_labels
 
 __all__ = [
     "CaseRows",
     "ScoringOptions",
     "Structures",
     "Surface",
-    "aligned_pair",
     "empty_row",
     "require_names",
     "row_of",
@@ -168,7 +167,7 @@ def score(case: str, pair: CasePair, how: ScoringOptions, *, known: Collection[i
     if how.instances:
         p, r, wanted = _foreground(p), _foreground(r), [INSTANCES]
     else:
-        there = _present(prediction, reference)
+        there = structures_of_both(prediction, reference)
         wanted = _chosen(there, reference, how)
         names = names.union(how.declared.values(), (s.name for s in there))
         wanted = wanted if known is None else [s for s in wanted if s.number in known]
@@ -185,7 +184,7 @@ def score(case: str, pair: CasePair, how: ScoringOptions, *, known: Collection[i
         soft = pair.prediction
     if soft is not None and not how.instances:
         try:
-            layers = _layers_by_number(soft, pair.prediction, reference)
+            layers = layers_by_number(soft, pair.prediction, reference)
             soft, _ = aligned_pair(f"{case} (probabilities)", soft, reference, how.resample)
             _add_probabilities(rows, soft, layers, reference)
         except ValueError as problem:
@@ -248,21 +247,6 @@ def _crops(
         yield p[box], r[box], box
 
 
-def _layers_by_number(soft: LabelMap, prediction: LabelMap, reference: LabelMap) -> dict[int, int]:
-    """The layer of probabilities by the number that its structure has in the rows.
-
-    That is the number of the same structure of the prediction; of one that the prediction lacks, that of the reference.
-    """
-    own = _matched(soft, prediction)
-    in_rows, alone = _new_numbers(prediction, reference), _new_numbers(own, reference)
-    found: dict[int, int] = {}
-    for layer, s in enumerate(own.structures):
-        number = in_rows.get(s.number, alone[s.number])
-        if s.number in in_rows or number in reference.names:
-            found.setdefault(number, layer)
-    return found
-
-
 def _add_probabilities(rows: Sequence[Row], soft: LabelMap, layers: Mapping[int, int], reference: LabelMap) -> None:
     found = {}
     for row in rows:
@@ -271,23 +255,6 @@ def _add_probabilities(rows: Sequence[Row], soft: LabelMap, layers: Mapping[int,
             found[row["label"]] = probability_scores(soft.array[layer][None], truth[None])[0]
     for row in rows:  # when all of them are known to be probabilities
         row.update(found.get(row["label"], {}))
-
-
-def aligned_pair(
-    case: str, prediction: LabelMap, reference: LabelMap, resample: bool = False
-) -> tuple[LabelMap, LabelMap]:
-    """The prediction with the numbers, and with ``resample`` on the grid, of the reference; and the reference.
-
-    Raises
-    ------
-    GeometryError
-        If the grids differ (unless ``resample``).
-    """
-    prediction = _matched(prediction, reference)
-    if resample and not prediction.geometry.is_close(reference.geometry):
-        prediction = resample_to(prediction, reference.geometry)
-    prediction.geometry.require_close(reference.geometry, f"prediction and reference of {case}")
-    return prediction, reference
 
 
 def row_of(case: str, structure: Structure, score: Mapping[str, float]) -> Row:
@@ -319,64 +286,6 @@ def _mask(labels: LabelMap, number: int) -> NDArray[Any]:
     return labels.mask(number) if number in labels.names else np.zeros(labels.geometry.shape, bool)
 
 
-def _matched(prediction: LabelMap, reference: LabelMap) -> LabelMap:
-    """The prediction with the numbers of :func:`_new_numbers`."""
-    numbers = _new_numbers(prediction, reference)
-    moved = [replace(s, number=numbers[s.number]) for s in prediction.structures]
-    return prediction if tuple(moved) == prediction.structures else _renumbered(prediction, moved)
-
-
-def _new_numbers(prediction: LabelMap, reference: LabelMap) -> dict[int, int]:
-    """The numbers of the reference, by those of the prediction, for the structures whose names both sides have.
-
-    Of the rest, those get new numbers whose own is that of another structure of the reference. Without a name in common,
-    all go by number.
-    """
-    theirs, own = (_distinct_names(side) for side in (reference, prediction))
-    shared = theirs.keys() & own.keys()
-    if not shared:
-        return {s.number: s.number for s in prediction.structures}
-    claimed = {theirs[name] for name in shared}
-    new = max(s.number for s in (*reference.structures, *prediction.structures))
-    numbers = {}
-    for s in prediction.structures:
-        number = theirs[s.name] if s.name in shared else s.number
-        if s.name not in shared and (number in claimed or _are_others(s.name, reference.names.get(number), number)):
-            number = new = new + 1
-        numbers[s.number] = number
-    return numbers
-
-
-def _are_others(name: str, other: str | None, number: int) -> bool:
-    """Whether two names of one number are of two structures; a made-up name may be of any."""
-    return other is not None and name != other and not is_made_up(name, number) and not is_made_up(other, number)
-
-
-def _distinct_names(labels: LabelMap) -> dict[str, int]:
-    """Number of each structure by its name, of those that a file names, and no two alike."""
-    names = [s.name for s in labels.structures]
-    return {
-        s.name: s.number for s in labels.structures if not is_made_up(s.name, s.number) and names.count(s.name) == 1
-    }
-
-
-def _renumbered(labels: LabelMap, structures: Sequence[Structure]) -> LabelMap:
-    """The same structures, each with the number at its place in ``structures``."""
-    if labels.is_layered:
-        return replace(labels, structures=tuple(structures))
-    kind = np.promote_types(labels.array.dtype, np.min_scalar_type(max(s.number for s in structures)))
-    array = np.zeros(labels.geometry.shape, kind)
-    for old, new in zip(labels.structures, structures, strict=True):
-        array[labels.array == old.number] = new.number
-    return replace(labels, array=array, structures=tuple(structures))
-
-
-def _present(prediction: LabelMap, reference: LabelMap) -> list[Structure]:
-    """Structures of either side; names of the reference before those of the prediction, made-up names last."""
-    both = sorted((*reference.structures, *prediction.structures), key=lambda s: is_made_up(s.name, s.number))
-    return _told_apart(union(both))
-
-
 def _chosen(there: Sequence[Structure], reference: LabelMap, how: ScoringOptions) -> list[Structure]:
     """Structures to score, by number, of those that are ``there`` and of those that are asked for by number."""
     found = {s.number: s for s in there}
@@ -387,16 +296,9 @@ def _chosen(there: Sequence[Structure], reference: LabelMap, how: ScoringOptions
         wanted = [number_of.get(key, 0) if isinstance(key, str) else int(key) for key in how.structures]
         found = {n: found.get(n, Structure(n, how.declared.get(n, f"label {n}"))) for n in wanted if n}
     if how.labels_present:
-        found = {n: s for n, s in found.items() if n in reference.names and _mask(reference, n).any()}
-    return _told_apart(found[n] for n in sorted(found))
-
-
-def _told_apart(structures: Iterable[Structure]) -> list[Structure]:
-    """The structures with names of their own: the second "node" becomes "node (2)", by its number."""
-    apart: dict[str, Structure] = {}
-    for s in structures:
-        name = s.name
-        while name in apart:
-            name = f"{name} ({s.number})"
-        apart[name] = replace(s, name=name)
-    return list(apart.values())
+        if reference.is_layered:
+            drawn = {s.number for s in reference.structures if reference.mask(s.number).any()}
+        else:
+            drawn = {*present_labels(reference.array)}  # one pass over the voxels for all
+        found = {n: s for n, s in found.items() if n in drawn and n in reference.names}
+    return told_apart(found[n] for n in sorted(found))

@@ -12,7 +12,7 @@ import numpy as np
 
 from medseg.case_files import Sources, case_id, case_pairs, declared_names
 from medseg.case_reading import read_case
-from medseg.case_scores import aligned_pair
+from medseg.case_structures import aligned_pair
 from medseg.io import read
 from medseg.report_html import Block, Picture
 from medseg.report_pictures import planes_picture

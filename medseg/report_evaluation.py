@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from medseg.case_files import Source, Sources, format_rank, sources
+from medseg.case_files import Source, Sources, format_rank, is_many, sources
 from medseg.distribution import MOST_DRAWN, distribution_picture
 from medseg.evaluation import evaluate
 from medseg.io import is_mask_folder
@@ -30,7 +30,7 @@ from medseg.report_scores import (
 from medseg.scores import FILES, Evaluation
 from medseg.statistics import RunComparison
 
-__all__ = ["evaluate_predictions", "report_of_evaluation", "require_free_outputs", "write_evaluation"]
+__all__ = ["evaluate_predictions", "references_of", "report_of_evaluation", "require_free_outputs", "write_evaluation"]
 
 DRAWN = ("dice", "nsd", "hd95_mm")
 
@@ -72,6 +72,30 @@ def write_evaluation(
     )
 
 
+def references_of(reference: str | os.PathLike[str], cases: Collection[str]) -> dict[str, Source]:
+    """The references of the cases that are predicted, those of others left out; or, of one case, the file itself.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file or folder.
+    ValueError
+        If no case has a reference, or the file of one is given for several cases.
+    """
+    if not Path(reference).exists():
+        raise FileNotFoundError(f"reference must exist, got {reference}; check the name")
+    if is_many(reference):
+        found = {case: label for case, label in sources(reference, "reference").items() if case in cases}
+        if not found:
+            raise ValueError(f"references must share case ids with what is predicted, got none in {reference}")
+        return found
+    if len(cases) > 1:
+        raise ValueError(
+            f"reference must be a folder for several predictions, got the file {reference} for {len(cases)}"
+        )
+    return dict.fromkeys(cases, reference)
+
+
 def evaluate_predictions(
     folder: str | os.PathLike[str],
     predictions: Mapping[str, Sequence[Path]],
@@ -91,26 +115,13 @@ def evaluate_predictions(
         The files written, of any format; of each case the one is evaluated that comes first as in a folder of
         :func:`medseg.evaluate`, or the folder of masks that it lies in.
     reference : path
-        A folder of label maps, those of other cases left out; or, of one case, the file.
+        As for :func:`references_of`, whose errors it raises.
     failed : mapping of case id to reason
         Cases that could not be predicted: rows with the reason.
     image, force
         As for :func:`report_of_evaluation`.
-
-    Raises
-    ------
-    ValueError
-        If no case has a reference, or the file of one is given for several cases.
     """
-    cases = {*predictions, *failed}
-    if Path(reference).is_dir():
-        references = {case: label for case, label in sources(reference, "reference").items() if case in cases}
-    elif len(cases) == 1:
-        references = dict.fromkeys(cases, reference)
-    else:
-        raise ValueError(
-            f"reference must be a folder for several predictions, got the file {reference} for {len(cases)}"
-        )
+    references = references_of(reference, {*predictions, *failed})
     labels: dict[str, Source] = {}
     for case, paths in predictions.items():
         path = min(paths, key=format_rank)

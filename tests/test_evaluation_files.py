@@ -241,6 +241,12 @@ def test_predict_and_evaluate_one(tmp_path, predict):
     assert json.loads((out / "metrics.json").read_text())["summary"][-1]["n_defined"] == 1
     message = predict(tmp_path / "in", "--out", tmp_path / "two", "--evaluate", reference, code=1)[1]
     assert "reference must be a folder for several predictions" in message
+    message = predict(tmp_path / "in", "--out", tmp_path / "two", "--evaluate", tmp_path / "typo", code=1)[1]
+    assert f"reference must exist, got {tmp_path / 'typo'}" in message
+    medseg.write(tiny.case(0)[1], tmp_path / "others" / "x.nii.gz")
+    message = predict(tmp_path / "in", "--out", tmp_path / "two", "--evaluate", tmp_path / "others", code=1)[1]
+    assert "references must share case ids with what is predicted" in message
+    assert not (tmp_path / "two").exists()  # refused before anything is predicted
 
 
 def test_two_folders_of_masks_are_one_case(tmp_path: Path) -> None:

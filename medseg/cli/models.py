@@ -92,8 +92,9 @@ def predict(
     numbers = [names.index(n) for n in given] if given and set(given) <= set(names) else None
     images = medseg.batch.find_inputs(inputs, len(given or names), series, numbers=numbers)
     formats = tuple(name.strip() for name in to.split(","))
-    if evaluate is not None:
+    if evaluate is not None:  # what would be refused in the end is refused before the work
         medseg.report_evaluation.require_free_outputs(out, force)
+        medseg.report_evaluation.references_of(evaluate, {one.name for one in images})
     with bar("predicting") as progress:
         done = medseg.batch.predict_files(
             predictor, images, out, to=formats, channels=given, probabilities=probabilities, split=split,
