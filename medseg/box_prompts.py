@@ -38,6 +38,7 @@ __all__ = [
 
 MIN_PIXELS = 10  # of a structure on a slice to be prompted for
 JITTER = 20 / 1024  # of the longest side: by so much each side of a box may lie outside of the structure
+OUTER = torch.tensor([0.0, 0, 1, 1])  # from the outermost pixels of a structure to their outer edges, as prompts are
 AT_ONCE = 8  # prompts that are decoded together
 
 
@@ -136,7 +137,8 @@ class BoxModel:
     ) -> tuple[list[Tensor], Tensor]:
         """Logits (1, 1, rows, columns) of each prompt on its slice, and predicted IoU (N,)."""
         embeddings = torch.stack([self.embedding(p) for p in prompts]).to(self.device).float()
-        square = [self.model.on_square(torch.from_numpy(b), s) for b, s in zip(boxes, sizes, strict=True)]
+        edges = [torch.from_numpy(box) + OUTER for box in boxes]
+        square = [self.model.on_square(b, s) for b, s in zip(edges, sizes, strict=True)]
         sparse, dense = self.model.prompt_encoder(None, torch.stack(square).to(self.device), None)
         low, iou = self.model.masks(embeddings, sparse, dense, tokens=1)
         return [self.model.on_image(one[None], s) for one, s in zip(low, sizes, strict=True)], iou[:, 0]
