@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 __all__ = ["has_bf16", "pick_device"]
@@ -34,5 +36,5 @@ def has_bf16(device: torch.device) -> bool:
     """Whether the device computes in bfloat16 by instructions of its own; False where torch cannot tell."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 or newer
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 or newer
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
