@@ -92,9 +92,11 @@ class CRFChoice(Choice):
         """Parameters for :func:`medseg.refine`, or None where the CRF is not used."""
         if self.settings is None:
             return None
-        iterations = int(self.settings.get("iterations", CRFParameters.iterations))
+        iterations = self.settings.get("iterations", CRFParameters.iterations)
+        if not float(iterations).is_integer():
+            raise ValueError(f"iterations must be a whole number, got {iterations}")
         try:
-            return CRFParameters(**{**self.settings, "iterations": iterations})  # type: ignore[arg-type]
+            return CRFParameters(**{**self.settings, "iterations": int(iterations)})  # type: ignore[arg-type]
         except TypeError as problem:
             raise ValueError(f"settings must be those of the CRF, got {sorted(self.settings)}") from problem
 
@@ -105,10 +107,20 @@ class CRFChoice(Choice):
         if self.settings is None and self.patients < LEAST_PATIENTS:
             verdict = f"the CRF is not used: {looked} cannot show a gain, {LEAST_PATIENTS} patients are needed"
         elif self.settings is None:
-            verdict = f"the CRF is not used: {looked} showed no gain"
+            verdict = f"the CRF is not used: {looked} showed {self._obstacle}"
         else:
             verdict = f"the CRF is used: {looked} showed a gain"
         return f"{verdict}; {'; '.join(g.words for g in dict.fromkeys((self.overall, *self.structures)))}"
+
+    @property
+    def _obstacle(self) -> str:
+        """What speaks against using it."""
+        worse = [g.structure for g in self.structures if _is_below(g)]
+        if worse:
+            return f"a loss for {', '.join(worse)}"
+        if self.p > LARGEST_P and _is_above(self.overall):
+            return f"no more than luck among {self.tried} settings can bring (p = {self.p:.3f})"
+        return "no gain"
 
 
 def crf_of_run(run: Run | str | PathLike[str]) -> CRFParameters | None:
@@ -158,11 +170,11 @@ def choose(
     draws = _draws(after - dice[:, 0], of)
     defined: Array = np.asarray(np.isfinite(dice[:, 0]).any(0))
     every = [
-        _gain(name, dice[:, 0, [s]], after[:, [s]], draws[:, s]) for s, name in enumerate(structures) if defined[s]
+        _gain(name, of, dice[:, 0, [s]], after[:, [s]], draws[:, s]) for s, name in enumerate(structures) if defined[s]
     ]
     overall = every[0]
     if len(every) > 1:
-        overall = _gain("all structures", dice[:, 0], after, draws[:, defined].mean(1))
+        overall = _gain("all structures", of, dice[:, 0], after, draws[:, defined].mean(1))
     best = _best(change)
     p = _by_luck(change[:, 1:], of)
     enough = of.max() + 1 >= LEAST_PATIENTS and p <= LARGEST_P
@@ -217,10 +229,10 @@ def _by_luck(change: Array, of: Array) -> float:
     return float(np.mean((draws - means).max(1) >= means.max()))
 
 
-def _gain(name: str, before: Array, after: Array, draws: Array) -> Gain:
+def _gain(name: str, of: Array, before: Array, after: Array, draws: Array) -> Gain:
     low, high = (float(v) for v in np.percentile(draws, (2.5, 97.5)))
     known = np.isfinite(before).any(1)
-    alone = known.sum() < 2
+    alone = len(set(of[known].tolist())) < 2  # of one patient there is no interval
     return Gain(
         structure=name, cases=int(known.sum()), before=_mean(before), after=_mean(after), change=_mean(after - before),
         low=None if alone else low, high=None if alone else high,

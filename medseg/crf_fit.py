@@ -9,6 +9,7 @@ patients, is above 0, that of no structure below, and the best of so many settin
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ __all__ = [
     "search",
 ]  # fmt: skip
 
+log = logging.getLogger("medseg")
 Array = NDArray[Any]
 Progress = Callable[[int, int], None]
 CASES = 24  # looked at
@@ -151,18 +153,23 @@ def _at_temperature(predictor: Predictor, chosen: Postprocessing | None) -> Pred
     return replace(predictor, network=members.eval())
 
 
-def _of_dataset(cases: Sequence[Case], files: Mapping[str, Path]) -> Iterator[Observed]:
+def _of_dataset(cases: Sequence[Case], files: Mapping[str, Path], known: Sequence[Structure]) -> Iterator[Observed]:
     for case in cases:
         image = load_image([p for p in case.images if p is not None])
         soft = read_probabilities(files[case.id])
         image.geometry.require_close(soft.geometry, f"image and probabilities of case {case.id}")
-        known = labels_of(soft).structures
+        own = labels_of(soft).structures
+        if [(s.number, s.name) for s in own] != [(s.number, s.name) for s in known]:
+            raise ValueError(
+                f"probabilities must be of the same structures in every case ({_named(known)}), got {_named(own)} in case "
+                f"{case.id}; take those of one model"
+            )
         reference = read_reference_of(case)
-        strange = set(present_labels(reference.array)) - {0, *(s.number for s in known)} if known else set()
+        strange = set(present_labels(reference.array)) - {0, *(s.number for s in known)}
         if not reference.is_layered and strange:
             raise ValueError(
-                f"labels must be among the structures of the probabilities ({', '.join(str(s.number) for s in known)}), "
-                f"got {min(strange)} in case {case.id}; renumber them"
+                f"labels must be among the structures of the probabilities ({_named(known)}), got {min(strange)} in case "
+                f"{case.id}; renumber them"
             )
         masks = {
             s.number: reference.mask(s.number)
@@ -173,6 +180,10 @@ def _of_dataset(cases: Sequence[Case], files: Mapping[str, Path]) -> Iterator[Ob
         }
         given = layers_of(soft) if overlap(soft) else soft
         yield Observed(case.group, image, given, decided, masks)
+
+
+def _named(structures: Sequence[Structure]) -> str:
+    return ", ".join(f"{s.number} {s.name}" for s in structures)
 
 
 def decided(soft: Volume | LabelMap) -> LabelMap:
@@ -205,11 +216,15 @@ def _files_of(folder: Path, cases: Sequence[Case]) -> dict[str, Path]:
     found = {
         c.id: path
         for c in cases
-        for path in (folder / f"{c.id}{SOFT}.nii.gz", folder / f"{c.id}.nii.gz")
+        for path in (folder / f"{c.id}.nii.gz", folder / f"{c.id}{SOFT}.nii.gz")  # the last: predict writes both
         if path.is_file()
     }
     if not found:
         raise FileNotFoundError(f"probabilities must be files <case>{SOFT}.nii.gz, got none in {folder}")
+    if len(found) < len(cases):
+        log.warning(
+            "%d of %d labelled cases have no probabilities and are left out", len(cases) - len(found), len(cases)
+        )
     return found
 
 
@@ -239,7 +254,7 @@ def fit_crf(
     device : str
         "auto", "cpu", "cuda" or "cuda:n".
     most : int
-        Cases looked at, evenly spread.
+        Cases looked at, evenly spread; 1 or more.
     seconds : float
         Time there is; fewer cases are looked at where it is short.
     progress : callable, optional
@@ -248,15 +263,21 @@ def fit_crf(
     Raises
     ------
     FileNotFoundError, ValueError
-        If a file is missing or does not fit, or the data set of the run has changed.
+        If a file is missing or does not fit, the data set of the run has changed, or no structure was drawn in any case.
 
     Notes
     -----
     Time grows with cases times settings (12); memory is that of one case with two sets of probabilities. Fewer cases than
     6 cannot show a gain, and only the gentle defaults are tried on them.
     """
+    if most < 1 or not seconds > 0:
+        raise ValueError(f"cases and time must be more than 0, got {most} cases and {seconds:g} s")
     folder = source.path if isinstance(source, Run) else Path(source)
     if is_run(folder):
+        if probabilities is not None:
+            raise ValueError(
+                f"probabilities must be given for a data set alone, got {probabilities} for the run {folder}"
+            )
         members = member_runs(folder)
         count = min(most, sum(len(m.validation_ids()) for m in members))
         cases, structures = _of_run(folder, device, most), members[0].plan.as_structures()
@@ -271,7 +292,7 @@ def fit_crf(
     labelled = [c for c in labelled if c.id in files]
     chosen = [labelled[round(i)] for i in np.linspace(0, len(labelled) - 1, min(most, len(labelled)))]
     structures = labels_of(read_probabilities(files[chosen[0].id])).structures
-    observed, count = _of_dataset(chosen, files), len(chosen)
+    observed, count = _of_dataset(chosen, files, structures), len(chosen)
     found = search(observed, structures, _enough(count), device=device, seconds=seconds, count=count, progress=progress)
     return found.choice()
 
@@ -311,7 +332,7 @@ def search(
     Raises
     ------
     ValueError
-        If there was no case.
+        If there was no case, or no structure was drawn in any.
     """
     table: list[list[list[float]]] = []
     patients: list[str] = []
@@ -327,8 +348,11 @@ def search(
                 progress(len(table) * len(settings) + n + 1, count * len(settings))
         table.append(rows)
         patients.append(one.patient)
-    if settings is None:
-        raise ValueError("cases must be at least one, got none; give labelled cases that the model was not trained on")
+    if settings is None or not np.isfinite(table).any():
+        raise ValueError(
+            "cases must be at least one in which a structure was drawn, got none; give labelled cases that the model was "
+            "not trained on"
+        )
     return Searched(np.array(table), tuple(patients), tuple(settings), tuple(s.name for s in structures))
 
 

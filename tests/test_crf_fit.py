@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from test_cli import medseg_command
 
 import medseg
 from medseg.crf_choice import CRFChoice, choose
-from medseg.crf_fit import candidates, decided, fit_crf, read_probabilities
+from medseg.crf_fit import Observed, candidates, decided, fit_crf, read_probabilities, search
 from medseg.io.dicom_write import write_series
 from medseg.volume import Geometry, GeometryError, LabelMap, Structure, Volume
 
@@ -92,7 +93,28 @@ def test_what_keeps_the_crf_off() -> None:
     choice = choose(worse, patients(20), SETTINGS, NAMES)
     assert choice.overall.low > 0 > choice.structures[1].high and choice.parameters is None
     nothing = choose(table(2, (-0.02,) * 5), patients(20), SETTINGS, NAMES)
-    assert nothing.best is None and nothing.overall.change == 0 and "the CRF is not used" in nothing.reason
+    assert nothing.best is None and nothing.overall.change == 0 and "20 patients showed no gain" in nothing.reason
+
+
+def test_the_reason_says_what_speaks_against_the_crf() -> None:
+    worse = table(1, (0.05,) * 5)
+    worse[:, 1:] += np.array([0.1, -0.13])
+    assert (
+        "the CRF is not used: 20 validation cases of 20 patients showed a loss for dark; all"
+        in choose(worse, patients(20), SETTINGS, NAMES).reason
+    )
+    choice = choose(table(0, (0.05,) * 5), patients(20), SETTINGS, NAMES)
+    lucky = choice.model_copy(update={"settings": None, "p": 0.04})
+    assert "showed no more than luck among 5 settings can bring (p = 0.040); all" in lucky.reason
+
+
+def test_a_structure_of_one_patient_has_no_interval() -> None:
+    dice = table(1, (0.05,) * 5, 8)
+    dice[2:, :, 1] = np.nan  # drawn in two scans of one patient
+    choice = choose(dice, ["a", "a", "b", "c", "d", "e", "f", "g"], SETTINGS, NAMES)
+    bright, dark = choice.structures
+    assert dark.cases == 2 and dark.low is None and dark.high is None
+    assert bright.low is not None and "dark: Dice" in choice.reason
 
 
 def test_a_choice_is_a_file_that_is_checked(tmp_path: Path) -> None:
@@ -100,7 +122,11 @@ def test_a_choice_is_a_file_that_is_checked(tmp_path: Path) -> None:
     assert CRFChoice.of(tmp_path) == choice
     assert medseg.crf_fit.crf_of_run(tmp_path) == choice.parameters
     values = json.loads((tmp_path / "crf.json").read_text())
-    for settings, message in (({"strength": 3}, "settings must be those"), ({"clip": 2.0}, "clip must be in")):
+    for settings, message in (
+        ({"strength": 3}, "settings must be those"),
+        ({"clip": 2.0}, "clip must be in"),
+        ({"iterations": 2.5}, "iterations must be a whole number, got 2.5"),
+    ):
         (tmp_path / "crf.json").write_text(json.dumps({**values, "settings": settings}))
         with pytest.raises(ValueError, match=message):
             CRFChoice.of(tmp_path)
@@ -194,7 +220,12 @@ def test_data_sets_that_do_not_fit(blocky: Path, tmp_path: Path) -> None:
     path = bad / "labels" / "c1.nii.gz"
     labels = medseg.read_labels(path)
     medseg.write(LabelMap(np.where(labels.array == 5, 7, labels.array), labels.geometry), path, force=True)
-    with pytest.raises(ValueError, match=r"labels must be among .* \(2, 5\), got 7 in case c1"):
+    with pytest.raises(ValueError, match=r"labels must be among .* \(2 bright, 5 dark\), got 7 in case c1"):
+        fit_crf(bad, device="cpu", most=2)
+    soft = bad / "probabilities" / "c1_probabilities.nii.gz"
+    other = medseg.read(soft)
+    medseg.write(replace(other, meta={"structures": (Structure(2, "bright"), Structure(6, "grey"))}), soft, force=True)
+    with pytest.raises(ValueError, match=r"same structures .* \(2 bright, 5 dark\), got 2 bright, 6 grey in case c1"):
         fit_crf(bad, device="cpu", most=2)
     soft = bad / "probabilities" / "c0_probabilities.nii.gz"
     moved = read_probabilities(soft)
@@ -209,6 +240,48 @@ def test_data_sets_that_do_not_fit(blocky: Path, tmp_path: Path) -> None:
         fit_crf(blocky, probabilities=blocky / "none", device="cpu")
     with pytest.raises(ValueError, match=r"floats, got uint8 .* may be a label map"):
         read_probabilities(blocky / "labels" / "c0.nii.gz")
+    for wrong in ({"most": 0}, {"seconds": 0.0}):
+        with pytest.raises(ValueError, match="cases and time must be more than 0"):
+            fit_crf(blocky, device="cpu", **wrong)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").touch()
+    with pytest.raises(ValueError, match="probabilities must be given for a data set alone"):
+        fit_crf(tmp_path / "run", probabilities=blocky / "probabilities", device="cpu")
+    nothing = replace(observed(0), references={})
+    with pytest.raises(ValueError, match="at least one in which a structure was drawn"):
+        search([nothing], STRUCTURES, SETTINGS[:1], device="cpu")
+
+
+def observed(seed: int) -> Observed:
+    image, soft, labels = case(seed, 4)
+    return Observed(f"p{seed}", image, soft, decided, {s.number: labels.mask(s.number) for s in STRUCTURES})
+
+
+def test_layers_that_overlap() -> None:
+    """Dice of layers, by hand; a structure that was not drawn has none."""
+    one = observed(1)
+    layers = LabelMap(np.asarray(one.probabilities.array)[1:], one.image.geometry, STRUCTURES)
+    masks = {2: one.references[2]}
+    found = search([replace(one, probabilities=layers, references=masks)], STRUCTURES, SETTINGS[:1], device="cpu")
+    refined = medseg.refine(one.image, layers, parameters=SETTINGS[0], device="cpu")
+    assert found.dice.shape == (1, 2, 2) and np.isnan(found.dice[0, :, 1]).all()
+    for soft, dice in zip((layers, refined), found.dice[0, :, 0], strict=True):
+        mask = np.asarray(soft.array)[0] >= 0.5
+        assert dice == pytest.approx(2 * (mask & masks[2]).sum() / (mask.sum() + masks[2].sum()))
+
+
+def test_probabilities_beside_the_label_maps_that_predict_writes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = write_set(tmp_path / "set", 4, 3)
+    for n in range(3):
+        shutil.copy(root / "labels" / f"c{n}.nii.gz", root / "probabilities")
+    (root / "probabilities" / "c2_probabilities.nii.gz").unlink()
+    (root / "probabilities" / "c2.nii.gz").unlink()
+    choice = fit_crf(root, device="cpu")
+    before = np.mean([observed(n).dice(case(n, 4)[1], STRUCTURES) for n in range(2)])
+    assert choice.cases == 2 and choice.overall.before == pytest.approx(before)
+    assert "1 of 3 labelled cases have no probabilities and are left out" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -227,6 +300,10 @@ def test_refine_says_what_is_wrong(blocky: Path, tmp_path: Path) -> None:
         ((image, soft, "--out", image), 1, "output must not exist yet"),
         ((image, soft, "--out", out, "--clip", "0.7"), 1, "clip must be in (0, 0.5)"),
         ((image, soft, "--out", out, "--parameters", labels, "--clip", "0.1"), 2, "takes no preset"),
+        ((image, soft, "--out", tmp_path / "o.seg.dcm"), 1, "image must be a DICOM series for o.seg.dcm"),
+        ((image, soft, "--out", out, "--minutes", 3), 2, "go with --fit"),
+        (("--fit", blocky, "--out", out, "--minutes", 0), 1, "cases and time must be more than 0"),
+        (("--fit", blocky, "--out", out, "--cases", 0), 1, "cases and time must be more than 0"),
         ((image, soft), 2, "--out are needed"),
         (("--fit", blocky), 2, "needs --out"),
         ((image, "--fit", blocky), 2, "--fit takes no image"),

@@ -83,6 +83,8 @@ def refine(
         return _fit(fit, fit_probabilities, out, cases, minutes, device, json, force)
     if image is None or probabilities is None or out is None:
         return _usage("IMAGE, PROBABILITIES and --out are needed, or --fit")
+    if fit_probabilities is not None or minutes is not None or cases != medseg.crf_fit.CASES:
+        return _usage("--fit-probabilities, --cases and --minutes go with --fit")
     if parameters is not None and (given or preset != "gentle"):
         return _usage("--parameters takes no preset and no other settings")
     settings: medseg.CRFParameters | None
@@ -108,6 +110,8 @@ def _refine(
 ) -> int:
     if out.exists() and not force:
         raise FileExistsError(f"output must not exist yet, got {out}; choose another name or use --force")
+    if out.suffix.lower() == ".dcm" and not medseg.io.is_dicom(image):
+        raise ValueError(f"image must be a DICOM series for {out.name}, got {image}; write .nii.gz")
     scan, soft = medseg.read(image), medseg.crf_fit.read_probabilities(probabilities)
     scan.geometry.require_close(soft.geometry, f"image and probabilities {probabilities.name}")
     layers = medseg.probability_maps.layers_of(soft) if medseg.probability_maps.overlap(soft) else soft
@@ -148,7 +152,7 @@ def _fit(
     with bar("refining") as progress:
         choice = medseg.crf_fit.fit_crf(
             source, probabilities=probabilities, device=device, most=cases,
-            seconds=60 * minutes if minutes else float("inf"), progress=progress,
+            seconds=float("inf") if minutes is None else 60 * minutes, progress=progress,
         )  # fmt: skip
     if out is not None:
         choice.save(out, force=force)
