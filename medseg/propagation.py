@@ -2,7 +2,7 @@
 
 Following a mask by the box around it fails in three ways: the mask shrinks with its own box, it leaks into a neighbour and
 never comes back, and it goes on beyond the end. Against the first, boxes with several margins are tried on each slice, and
-the mask that the model itself rates best, and that stands out best from what surrounds it, is taken. Against the second
+the mask that the model itself rates best is taken. Against the second
 and third, the intensities of the slices that were drawn, inside and just outside, tell the structure's tissue: pixels
 unlike nearly all of the drawn mask are taken away, and where a whole mask looks more like what was outside, the structure
 has ended. A structure that does not differ from its surroundings by intensity is followed without that.
@@ -27,7 +27,6 @@ Array = NDArray[Any]
 Progress = Callable[[int, int], None]
 BINS = 32
 RING_PX = 8  # width of what surrounds a drawn mask
-EDGE_PX = 2  # width of what surrounds a mask that is to stand out
 FLOOR = 0.002  # share of pixels of a bin that is expected without having been seen
 MOST = 2.0  # largest log ratio that one pixel may add
 CLEAR = 0.2  # mean log ratio of a drawn mask below which its intensities tell nothing
@@ -43,8 +42,6 @@ class Propagation:
         How much larger than the last mask the boxes are that are tried; each costs one decoding a slice.
     margin_units : "mm" or "px"
         Of the margins; px are pixels of the slice.
-    contrast_weight : float
-        What standing out from the surroundings counts beside the predicted IoU when a box is chosen.
     least_tissue : float
         Share of a drawn mask's pixels that belongs to its tissue; the others may be taken away from the masks that
         follow. 0 takes nothing away.
@@ -63,8 +60,7 @@ class Propagation:
 
     margins: tuple[float, ...] = (3.0, 9.0, 18.0)
     margin_units: Literal["mm", "px"] = "mm"
-    contrast_weight: float = 0.2
-    least_tissue: float = 0.95
+    least_tissue: float = 0.99
     end_score: float = -0.5
     end_iou: float = 0.6
     end_area: float = 0.02
@@ -128,13 +124,6 @@ class Tissue:
         """Mean evidence over a mask as a share of that where it was drawn; 1 where intensities tell nothing."""
         return float(evidence[mask].mean()) / self.usual if self.tells and mask.any() else 1.0
 
-    def contrast(self, mask: Array, evidence: Array) -> float:
-        """How much more evidence there is in a mask than around it, as a share of that where it was drawn."""
-        ring = ndimage.binary_dilation(mask, iterations=EDGE_PX) & ~mask
-        if not self.tells or not mask.any() or not ring.any():
-            return 0.0
-        return float(evidence[mask].mean() - evidence[ring].mean()) / self.usual
-
 
 @dataclass(frozen=True)
 class _Walk:
@@ -158,9 +147,8 @@ class _Walk:
         best, value = (np.zeros_like(previous), 0.0, 1.0), -np.inf
         for layer, iou in zip(logits, ious.tolist(), strict=True):
             mask = _touching(self.tissue.cleaned(_touching(layer > 0, previous), evidence), previous)
-            worth = iou + self.settings.contrast_weight * self.tissue.contrast(mask, evidence)
-            if mask.any() and worth > value:
-                best, value = (mask, iou, self.tissue.score(mask, evidence)), worth
+            if mask.any() and iou > value:
+                best, value = (mask, iou, self.tissue.score(mask, evidence)), iou
         return best
 
     def _grown(self, box: Array, margin: Array) -> Array:
