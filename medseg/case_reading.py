@@ -8,6 +8,7 @@ from pathlib import Path
 
 from medseg.case_files import FORMATS, PROBABILITIES, Source, case_id, is_made_up
 from medseg.io import is_dicom, is_mask_folder, read, read_labels
+from medseg.io.dicom import object_kind
 from medseg.probability_maps import labels_of, layers_of, with_structures
 from medseg.volume import LabelMap, Volume
 
@@ -42,7 +43,7 @@ def read_case(
     *,
     probabilities: bool = True,
 ) -> CasePair:
-    """Read both sides; a SEG or RTSTRUCT is put on the grid of the other side.
+    """Read both sides; a SEG or RTSTRUCT is put on the grid of the other side, of two such objects on that of a SEG.
 
     Parameters
     ----------
@@ -57,7 +58,7 @@ def read_case(
         Whether to read those in ``<prediction>_probabilities.nii.gz`` (or .nrrd, .mha ...) beside the prediction, too.
     """
     from_series = [_takes_a_grid(source) for source in (prediction, reference)]
-    if from_series == [False, True]:
+    if from_series == [False, True] or (all(from_series) and _is_rtstruct(reference)):  # contours have no grid
         found = _prediction(prediction)
         true = _labels(reference, found)
     else:
@@ -87,6 +88,10 @@ def _own_names(labels: LabelMap) -> list[Mapping[int, str]]:
 
 def _takes_a_grid(source: Source) -> bool:
     return not isinstance(source, LabelMap) and is_dicom(source) and not is_mask_folder(source)
+
+
+def _is_rtstruct(source: Source) -> bool:
+    return not isinstance(source, LabelMap) and Path(source).is_file() and object_kind(source) == "rtstruct"
 
 
 def _labels(source: Source, like: LabelMap | Volume | None = None) -> LabelMap:

@@ -145,3 +145,8 @@ def test_dicom_objects_against_nifti(tmp_path):
         ("one", "liver", 1), ("two", "liver", 1)
     ]  # fmt: skip
     assert evaluate(tmp_path / "p" / "one.seg.dcm", tmp_path / "r" / "one.nii.gz").mean("dice") == 1
+    seg, contours = tmp_path / "p" / "one.seg.dcm", tmp_path / "p" / "two.rtstruct.dcm"
+    for pair in ((seg, contours), (contours, seg)):  # both on the grid of the one that has a grid
+        assert [(row["structure"], row["dice"]) for row in evaluate(*pair).rows] == [("liver", 1)]
+    with pytest.raises(ValueError, match="grid of an RTSTRUCT must be given"):
+        evaluate(contours, contours)
