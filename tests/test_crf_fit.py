@@ -9,14 +9,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
+import torch
 from conftest import rotation
 from scipy import ndimage
 from test_cli import medseg_command
+from torch import nn
 
 import medseg
+from medseg.crf import CRFParameters
 from medseg.crf_choice import CRFChoice, choose
-from medseg.crf_fit import Observed, candidates, decided, fit_crf, read_probabilities, search
+from medseg.crf_fit import Observed, _of_run, candidates, decided, fit_crf, read_probabilities, search
+from medseg.ensemble import Members
+from medseg.inference import Predictor
 from medseg.io.dicom_write import write_series
+from medseg.postprocessing import ComponentFilter, Postprocessing
+from medseg.validation import HeldOut
 from medseg.volume import Geometry, GeometryError, LabelMap, Structure, Volume
 
 SETTINGS = candidates(1.5)[:5]
@@ -282,6 +290,53 @@ def test_probabilities_beside_the_label_maps_that_predict_writes(
     before = np.mean([observed(n).dice(case(n, 4)[1], STRUCTURES) for n in range(2)])
     assert choice.cases == 2 and choice.overall.before == pytest.approx(before)
     assert "1 of 3 labelled cases have no probabilities and are left out" in caplog.text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+class Thresholds(nn.Module):
+    """Bright is 2, dark is 5, by intensity alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([torch.ones_like(x), 2 * x - 1, -2 * x - 1], 1)
+
+
+def test_cases_of_a_run_are_those_that_predict_would_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its temperature and filters, and without the voxels that do not count, in prediction and reference."""
+    root = tiny.write_dataset(tmp_path / "set", 2)
+    for path in sorted((root / "labels").iterdir()):
+        labels = medseg.read_labels(path)
+        array = np.array(labels.array)
+        array[:, :, :5] = 9
+        medseg.write(replace(labels, array=array, structures=()), path, force=True)
+    plan = tiny.plan().model_copy(update={"ignore": 9})
+    drop = ComponentFilter(number=2, name="bright", min_mm3=60.0, dice_before=0.0, dice_after=0.0)
+    chosen = Postprocessing(cases=2, temperature=2.5, filters=(drop,)).store(tmp_path)
+
+    def predictor(temperature: float, chosen: Postprocessing | None) -> Predictor:
+        members = Members([Thresholds()], plan.overlapping, temperature).eval()
+        return Predictor(plan, members, torch.device("cpu"), "32-true", chosen)
+
+    cases = [HeldOut(one, predictor(1.0, None)) for one in medseg.load_dataset(root).cases]
+    monkeypatch.setattr("medseg.crf_fit.held_out", lambda folder, device, most: cases[:most])
+    parameters = CRFParameters(bilateral_weight=2.0, largest_loss=1.0)
+    for one, seen in zip(cases, _of_run(tmp_path, "cpu", 2), strict=True):
+        drawn = np.asarray(medseg.read_labels(one.case.label).array)
+        both = seen.probabilities, seen.refined(parameters, "cpu")
+        dices = []
+        for soft, crf in zip(both, (None, parameters), strict=True):
+            want = np.asarray(predictor(2.5, chosen).predict(one.image, crf=crf)[0].array)
+            got = np.asarray(seen.decide(soft).array)
+            np.testing.assert_array_equal(got, np.where(drawn == 9, 0, want))
+            assert (want[drawn == 9] > 0).any()
+            pairs = [((want == n) & (drawn != 9), drawn == n) for n in (2, 5)]
+            dices.append([2 * (a & b).sum() / (a.sum() + b.sum()) for a, b in pairs])
+            assert seen.dice(soft, STRUCTURES) == pytest.approx(dices[-1])
+        assert dices[0] != dices[1]
+        raw = one.predictor.predict(one.image)[0].mask(2) & (drawn != 9)
+        assert raw.sum() > seen.decide(both[0]).mask(2).sum()  # the filter did something
 
 
 # ---------------------------------------------------------------------------------------------------------------------
