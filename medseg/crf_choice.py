@@ -179,7 +179,8 @@ def choose(
     p = _by_luck(change[:, 1:], of)
     enough = of.max() + 1 >= LEAST_PATIENTS and p <= LARGEST_P
     used = best > 0 and enough and _is_above(overall) and not any(map(_is_below, every))
-    found = asdict(settings[best - 1]) if best else None
+    chosen = asdict(settings[best - 1]) if best else {}
+    found = {name: v for name, v in chosen.items() if v is not None and v is not False} or None
     return CRFChoice(
         cases=len(dice), settings=found if used else None, best=found, patients=int(of.max()) + 1, tried=len(settings), p=p,
         overall=overall, structures=tuple(every),

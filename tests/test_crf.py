@@ -338,6 +338,29 @@ def test_guard_keeps_a_structure_that_would_vanish():
         kept = refine(image, soft, parameters=strong, device="cpu")
     assert np.array_equal(kept.array[0] > 0.5, thin)
     assert not (refine(image, soft, parameters=CRFParameters.pydensecrf, device="cpu").array > 0.5).any()
+    both = Volume(np.concatenate([1 - soft.array, soft.array]), image.geometry, {"structures": (Structure(2, "vein"),)})
+    with pytest.warns(UserWarning, match="structure 'vein' would lose 100%"):
+        refine(image, both, parameters=strong, device="cpu")
+
+
+def test_sigmas_in_pixels_and_in_units_of_the_image():
+    image, soft = volumes()  # anisotropic
+    spacing = image.geometry.spacing
+    pixels = CRFParameters(2.0, 1.0, 5.0, 0.2, 2.0, in_pixels=True)
+    cubic = Geometry.from_parts(image.geometry.shape, (1, 1, 1), (0, 0, 0), np.eye(3))
+    want = refine(
+        replace(image, geometry=cubic), replace(soft, geometry=cubic), parameters=replace(pixels, in_pixels=False),
+        device="cpu",
+    )  # fmt: skip
+    got = refine(image, soft, parameters=pixels, device="cpu")
+    assert len({round(s, 3) for s in spacing}) > 1
+    np.testing.assert_allclose(got.array, want.array, atol=1e-6)
+    low, high = np.percentile(image.array, (0.5, 99.5))
+    units = replace(pixels, bilateral_sigma_intensity=0.2 * float(high - low), bilateral_sigma_share=0.9)
+    np.testing.assert_allclose(refine(image, soft, parameters=units, device="cpu").array, got.array, atol=2e-3)
+    for wrong in ({"bilateral_sigma_intensity": 0.0}, {"iterations": 2.5}):
+        with pytest.raises(ValueError, match="must be"):
+            CRFParameters(**wrong)
 
 
 def test_bad_volumes():

@@ -382,7 +382,11 @@ def test_refine_settings_axis_guard_and_json(blocky: Path, tmp_path: Path) -> No
     volumes = {row["structure"]: row["after_mm3"] for row in found["structures"]}
     assert volumes == {s.name: pytest.approx(want.mask(s.number).sum() * 4.8) for s in STRUCTURES}
 
-    strong = ("--preset", "pydensecrf", "--gaussian-weight", 60, "--gaussian-sigma-mm", 30, "--device", "cpu")
+    mixed = ("--preset", "pydensecrf", "--gaussian-sigma-mm", 30)
+    assert (
+        "counts pixels" in medseg_command("refine", image, soft, "--out", tmp_path / "b.nii.gz", *mixed, code=2).stderr
+    )
+    strong = ("--preset", "pydensecrf", "--gaussian-weight", 600, "--device", "cpu")
     done = medseg_command("refine", image, soft, "--out", tmp_path / "b.nii.gz", *strong)
     assert "often erases organs" in done.stderr
     erased = medseg.read_labels(tmp_path / "b.nii.gz")

@@ -29,6 +29,7 @@ def refine(
     gaussian_weight: float | None = None,
     bilateral_sigma_mm: float | None = None,
     bilateral_sigma_share: float | None = None,
+    bilateral_sigma_intensity: float | None = None,
     bilateral_weight: float | None = None,
     iterations: int | None = None,
     clip: float | None = None,
@@ -52,12 +53,13 @@ def refine(
         image: the image, a file or DICOM series
         probabilities: its probabilities, channel 0 the background, as written by predict --probabilities
         out: label map to write, .seg.dcm and .rtstruct.dcm included; with --fit DATASET the JSON file
-        preset: gentle, or the classic setting of pydensecrf, which often erases organs
+        preset: gentle, or the classic setting of pydensecrf (in pixels), which often erases organs
         parameters: JSON file of --fit to use instead
-        gaussian_sigma_mm: reach of the smoothing kernel, in mm; 1 (pydensecrf: 3)
+        gaussian_sigma_mm: reach of the smoothing kernel, in mm; 1 (pydensecrf: 3 pixels)
         gaussian_weight: its weight; 1 (3)
-        bilateral_sigma_mm: reach of the kernel that follows edges, in mm; 6 (80)
+        bilateral_sigma_mm: reach of the kernel that follows edges, in mm; 6 (80 pixels)
         bilateral_sigma_share: its tolerance in intensity, as a share of the image's range; 0.051 (0.051)
+        bilateral_sigma_intensity: the same in units of the image, like HU
         bilateral_weight: its weight; 1 (10)
         iterations: steps of the mean field; 5 (5)
         clip: probabilities are clipped to clip and 1 - clip first; 0.001 (0.00001)
@@ -74,7 +76,8 @@ def refine(
     single = {
         "gaussian_sigma_mm": gaussian_sigma_mm, "gaussian_weight": gaussian_weight,
         "bilateral_sigma_mm": bilateral_sigma_mm, "bilateral_sigma_share": bilateral_sigma_share,
-        "bilateral_weight": bilateral_weight, "iterations": iterations, "clip": clip, "largest_loss": largest_loss,
+        "bilateral_sigma_intensity": bilateral_sigma_intensity, "bilateral_weight": bilateral_weight,
+        "iterations": iterations, "clip": clip, "largest_loss": largest_loss,
     }  # fmt: skip
     given = {name: value for name, value in single.items() if value is not None}
     if fit is not None:
@@ -85,6 +88,8 @@ def refine(
         return _usage("IMAGE, PROBABILITIES and --out are needed, or --fit")
     if fit_probabilities is not None or minutes is not None or cases != medseg.crf_fit.CASES:
         return _usage("--fit-probabilities, --cases and --minutes go with --fit")
+    if preset == "pydensecrf" and {"gaussian_sigma_mm", "bilateral_sigma_mm"} & set(given):
+        return _usage("--preset pydensecrf counts pixels and takes no setting in mm")
     if parameters is not None and (given or preset != "gentle"):
         return _usage("--parameters takes no preset and no other settings")
     settings: medseg.CRFParameters | None
