@@ -20,6 +20,7 @@ __all__ = ["Parts"]
 
 MARGIN = 3.0  # sigmas in space around the pixels of a label
 CELL = 8  # px; boxes begin and end at multiples of it, less and plus the margin
+SPECK = 4.0  # times the least difference: pixels below it count only where the mean of a cell is above the least
 WORTH = 0.7  # parts that are more than this share of all labels of all pixels save nothing
 
 
@@ -64,6 +65,12 @@ def boxes(mask: Tensor, margin: tuple[int, int]) -> list[Box]:
     return found
 
 
+def _speaks(q: Tensor, least: float) -> Tensor:
+    """Mask (H, W) of where a label (N, H, W) is at least ``least``, but for lone pixels little above it."""
+    mean = torch.nn.functional.avg_pool2d(q[:, None], CELL, 1, CELL // 2, count_include_pad=False)[:, 0]
+    return ((q > SPECK * least) | ((q > least) & (mean[:, : q.shape[1], : q.shape[2]] > least))).any(0)
+
+
 class Parts:
     """The normalised bilateral kernel of labels q (K, P), each of them 0, or 1, but in some boxes.
 
@@ -106,17 +113,17 @@ class Parts:
         q = q.detach().view(len(q), n, h, w)
         base = (q.mean((1, 2, 3)) > 0.5).to(q.dtype)
         if len(q) == 1:
-            own = [(0, box) for box in boxes(((q[0] - base).abs() > least).any(0), margin)]
+            own = [(0, box) for box in boxes(_speaks((q[0] - base).abs(), least), margin)]
             shared = [box for _, box in own]
         elif base.any():
             rest = int(base.argmax())
-            shared = boxes((q[rest] < 1 - least).any(0), margin)
+            shared = boxes(_speaks(1 - q[rest], least), margin)
             others = [label for label in range(len(q)) if label != rest]
             left_out = 1 - q[rest] - sum(q[label] * (q[label] > least) for label in others)
             own = []
             for label in others:  # what is left out at a pixel adds up to less than least
-                part = (q[label] > least) | ((left_out > least) & (q[label] > least / len(others)))
-                own += [(label, box) for box in boxes(part.any(0), margin)]
+                part = _speaks(q[label] * ((q[label] > least) | (left_out > least)), least)
+                own += [(label, box) for box in boxes(part, margin)]
         else:
             return None
         if sum(box.size for _, box in own) > WORTH * len(q) * h * w:
