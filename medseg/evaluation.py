@@ -72,7 +72,8 @@ def evaluate(
         For partially labelled references: score in each case only the structures that its reference holds, or those
         that somebody drew in the cases named (others are scored in full).
     resample : bool
-        Put predictions, and their probabilities, on another grid onto that of the reference, instead of refusing them.
+        Put predictions, and their probabilities, on another grid onto that of the reference, instead of refusing them;
+        what lies outside of it is not judged.
     common_only : bool
         Leave out cases that only one side has, instead of listing them as failed.
     progress : callable, optional

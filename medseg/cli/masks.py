@@ -61,7 +61,7 @@ def evaluate(
         missing: distance where one side lacks a structure: the diagonal of the image, or none
         tolerance_mm: tolerance of the normalised surface Dice, in mm
         labels_present: score only structures that the reference of the case holds
-        resample: put predictions on another grid onto that of the reference
+        resample: put predictions on another grid onto that of the reference; what lies outside of it is not judged
         common_only: leave out cases that one side lacks
         json: print JSON
         force: overwrite outputs
