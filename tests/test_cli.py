@@ -234,10 +234,11 @@ def test_comparison_is_in_the_json(world: Path, tmp_path: Path) -> None:
     both = json.loads(medseg_command(*common, "--compare", tmp_path / "wrong").stdout)
     assert {key: both[key] for key in ("cases", "settings", "summary")} == alone
     wrong = json.loads(medseg_command("evaluate", tmp_path / "wrong", tmp_path / "reference", "--json").stdout)
+    assert {row["metric"] for row in both["comparison"]} == {"dice", "nsd", "hd95_mm"}
     for row in both["comparison"]:
-        dice = [r["dice"] for r in wrong["cases"] if r["structure"] == row["structure"]]
-        assert row["first"] == pytest.approx(np.mean(dice))
-        assert row["second"] == 1
+        values = [r[row["metric"]] for r in wrong["cases"] if r["structure"] == row["structure"]]
+        assert row["first"] == pytest.approx(np.mean(values))
+        assert row["second"] == (0 if row["metric"] == "hd95_mm" else 1)
         assert row["better"] == row["n"] == 4
 
 
