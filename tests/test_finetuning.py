@@ -82,9 +82,11 @@ def test_boxes_train_the_decoder_alone(start: str, dataset: Path, tmp_path: Path
 
 def test_embeddings_are_made_once(start: str, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"model": "sam-med-box", "init": start, "epochs": 1, "cache": tmp_path / "cache"}
-    medseg.train(tiny.config(dataset, tmp_path / "run", **values))
-    monkeypatch.setattr(PromptableModel, "encode", None)
-    medseg.train(tiny.config(dataset, tmp_path / "again", **values))
+    first = medseg.train(tiny.config(dataset, tmp_path / "run", **values))
+    monkeypatch.setattr(PromptableModel, "encode", None)  # a call would be a TypeError
+    again = medseg.train(tiny.config(dataset, tmp_path / "again", **values))
+    before, after = (load_file(run.path / "weights.safetensors") for run in (first, again))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_without_prompts_a_run_predicts_as_a_unet_does(start: str, dataset: Path, tmp_path: Path) -> None:
