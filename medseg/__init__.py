@@ -42,6 +42,7 @@ _PUBLIC = {
 }
 _MODULES = (
     "batch",
+    "boxes",
     "contours",
     "crf",
     "crf_fit",

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from medseg.boxes import box_of
 from medseg.embeddings import EmbeddingCache, embedding_key
 from medseg.evaluation import score_case
 from medseg.models.sam import PromptableModel
@@ -27,8 +28,6 @@ __all__ = [
     "MIN_PIXELS",
     "BoxModel",
     "Prompt",
-    "box_of",
-    "ellipse_in",
     "jittered",
     "picture",
     "prompts_of",
@@ -89,27 +88,12 @@ def spread(prompts: Sequence[Prompt], slices: int) -> list[Prompt]:
     return [prompt for n in dict.fromkeys(places.tolist()) for prompt in by_slice[n]]
 
 
-def box_of(mask: np.ndarray) -> np.ndarray:
-    """x0, y0, x1, y1 (pixels, the outermost of the structure) of a mask (rows, columns)."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return np.array([columns[0], rows[0], columns[-1], rows[-1]], np.float32)
-
-
 def jittered(box: np.ndarray, size: Sequence[int], random: np.random.Generator) -> np.ndarray:
     """A box whose sides lie up to 20 pixels of 1024 further out, as those that a reader draws do."""
     height, width = size
     out = random.uniform(0, JITTER * max(size), 4).astype(np.float32)
     moved = box + out * np.array([-1, -1, 1, 1], np.float32)
-    return np.clip(moved, 0, np.array([width - 1, height - 1] * 2, np.float32))
-
-
-def ellipse_in(box: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """The ellipse inscribed in a box, as a mask (rows, columns): what a model must beat."""
-    x0, y0, x1, y1 = box.astype(float)
-    y, x = np.mgrid[: size[0], : size[1]]
-    across, along = (x1 - x0 + 1) / 2, (y1 - y0 + 1) / 2
-    inside: np.ndarray = ((x - (x0 + x1) / 2) / across) ** 2 + ((y - (y0 + y1) / 2) / along) ** 2 <= 1
-    return inside
+    return np.clip(moved, 0, np.array([width - 1, height - 1] * 2)).astype(np.float32)
 
 
 @dataclass

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from medseg.box_prompts import MIN_PIXELS, BoxModel, Prompt, box_of, ellipse_in, jittered, prompts_of, rows_of, spread
+from medseg.box_prompts import MIN_PIXELS, BoxModel, Prompt, jittered, prompts_of, rows_of, spread
+from medseg.boxes import box_of, ellipse
 from medseg.cases import Case, Dataset
 from medseg.config import TrainConfig
 from medseg.device import pick_device
@@ -324,5 +325,5 @@ def score_boxes(
     pairs = {}
     for name, model in (("before", promptable_of(run.config.init)), ("after", load_promptable(str(run.path)))):
         pairs[name] = BoxModel(model.to(where), cache, where).predicted(prompts)
-    pairs["ellipse"] = [(ellipse_in(box_of(true), true.shape), true) for _, true in pairs["after"]]
+    pairs["ellipse"] = [(ellipse(box_of(true), true.shape), true) for _, true in pairs["after"]]
     return {name: Evaluation(tuple(rows_of(prompts, some, run.plan))) for name, some in pairs.items()}

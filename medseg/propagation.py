@@ -2,10 +2,10 @@
 
 Following a mask by the box around it fails in three ways: the mask shrinks with its own box, it leaks into a neighbour and
 never comes back, and it goes on beyond the end. Against the first, boxes with several margins are tried on each slice, and
-the mask that the model itself rates best is taken. Against the second
-and third, the intensities of the slices that were drawn, inside and just outside, tell the structure's tissue: pixels
-unlike nearly all of the drawn mask are taken away, and where a whole mask looks more like what was outside, the structure
-has ended. A structure that does not differ from its surroundings by intensity is followed without that.
+the mask that the model itself rates best is taken. Against the second and third, the intensities of the slices that were
+drawn, inside and just outside, tell the structure's tissue: pixels unlike nearly all of the drawn mask are taken away, and
+where a whole mask looks more like what was outside, the structure has ended. A structure that does not differ from its
+surroundings by intensity is followed without that.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from medseg.boxes import box_of
 from medseg.slice_model import SliceModel
 
-__all__ = ["Propagation", "best_start", "ellipse", "propagate", "rectangle_of"]
+__all__ = ["Propagation", "best_start", "propagate", "rectangle_of"]
 
 Array = NDArray[Any]
 Progress = Callable[[int, int], None]
@@ -140,7 +141,7 @@ class _Walk:
 
     def next(self, number: int, previous: Array) -> tuple[Array, float, float]:
         """Mask on a slice beside one whose mask is known, its predicted IoU, and its score."""
-        box = _outermost(previous)
+        box = box_of(previous)
         boxes = np.unique([self._grown(box, m) for m in self.margins], axis=0)[::-1]  # the smallest wins a tie
         logits, ious = self.model.logits(number, boxes)
         evidence = self.tissue.evidence(number)
@@ -249,24 +250,7 @@ def _touching(mask: Array, previous: Array) -> Array:
 
 def rectangle_of(mask: Array | None) -> Array | None:
     """x0, y0, x1, y1 of a mask (H, W): centres of its outermost pixels; None where it is empty or there is none."""
-    return None if mask is None or not mask.any() else _outermost(mask)
-
-
-def _outermost(mask: Array) -> Array:
-    rows, columns = (np.flatnonzero(mask.any(axis=a)) for a in (1, 0))
-    return np.array([columns[0], rows[0], columns[-1], rows[-1]], np.float64)
-
-
-def ellipse(rectangle: Array, size: tuple[int, int]) -> Array:
-    """(H, W) bool: the ellipse inscribed in a box x0, y0, x1, y1, which reaches to the outer edges of its pixels.
-
-    What a box is worth without any model: a model that does worse is of no use there.
-    """
-    x0, y0, x1, y1 = rectangle
-    rows, columns = np.mgrid[: size[0], : size[1]]
-    across = (columns - (x0 + x1) / 2) / ((x1 - x0 + 1) / 2)
-    down = (rows - (y0 + y1) / 2) / ((y1 - y0 + 1) / 2)
-    return np.asarray(across**2 + down**2 <= 1)
+    return None if mask is None or not mask.any() else box_of(mask)
 
 
 def best_start(model: SliceModel, first: int, last: int, within: Array) -> tuple[int, Array]:

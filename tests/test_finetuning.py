@@ -17,7 +17,8 @@ pytest.importorskip("timm", reason="extra sam is not installed")
 
 import medseg
 from medseg import box_prompts
-from medseg.box_prompts import box_of, ellipse_in, jittered, picture
+from medseg.box_prompts import jittered, picture
+from medseg.boxes import box_of, ellipse
 from medseg.finetuning import promptable_of, score_boxes
 from medseg.models import sam_layouts
 from medseg.models.sam import PromptableModel, load_promptable
@@ -118,7 +119,7 @@ def test_boxes_lie_around_the_structure_and_are_moved_outwards() -> None:
 
 
 def test_ellipse_touches_the_sides_of_its_box() -> None:
-    mask = ellipse_in(np.array([5, 8, 24, 17], np.float32), (30, 40))
+    mask = ellipse(np.array([5, 8, 24, 17], np.float32), (30, 40))
     assert box_of(mask).tolist() == [5, 8, 24, 17]
     assert mask.sum() == pytest.approx(np.pi * 10 * 5, rel=0.03)
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 from promptable import Bright
 
+from medseg.boxes import ellipse
 from medseg.embeddings import EmbeddingCache
 from medseg.planes import Planes
-from medseg.propagation import Propagation, best_start, ellipse, propagate, rectangle_of
+from medseg.propagation import Propagation, best_start, propagate, rectangle_of
 from medseg.slice_model import SliceModel
 from medseg.volume import Geometry, Volume
 from medseg.windows import choose_window

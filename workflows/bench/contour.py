@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 
 import medseg
+from medseg.boxes import ellipse
 from medseg.embeddings import EmbeddingCache
 from medseg.models.sam import load_promptable
 from medseg.planes import Planes
-from medseg.propagation import ellipse, rectangle_of
+from medseg.propagation import rectangle_of
 from medseg.slice_model import SliceModel
 from medseg.volume import Geometry, LabelMap, Volume
 
