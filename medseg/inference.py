@@ -351,8 +351,8 @@ def _precision(runs: Sequence[Run], device: torch.device) -> str:
     """On a GPU its half precision; on a CPU bf16 where it has that and all runs were trained with mixed precision."""
     if device.type == "cuda":
         return "bf16-mixed" if has_bf16(device) else "16-mixed"
-    trained = {r.plan.precision if r.config.precision == "auto" else r.config.precision for r in runs}
-    return "bf16-mixed" if "32-true" not in trained and has_bf16(device) else "32-true"
+    mixed = all(run.precision != "32-true" for run in runs)
+    return "bf16-mixed" if mixed and has_bf16(device) else "32-true"
 
 
 def _mirrored(network: nn.Module, plan: Plan) -> Mirrored:

@@ -53,6 +53,11 @@ class Run:
     config: TrainConfig
     plan: Plan
 
+    @property
+    def precision(self) -> str:
+        """What was or is trained in: "32-true", "bf16-mixed" or "16-mixed"."""
+        return self.plan.precision if self.config.precision == "auto" else self.config.precision
+
     @classmethod
     def create(cls, path: Path, config: TrainConfig, plan: Plan, validation: Sequence[str]) -> Run:
         """Make the folder, note which cases are for validation, and return the run."""

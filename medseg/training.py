@@ -110,7 +110,7 @@ def _learn(
     started: float,
 ) -> None:
     """All steps, the validation of the best weights and the choice of the postprocessing."""
-    precision = run.plan.precision if config.precision == "auto" else config.precision
+    precision = run.precision
     fabric = _fabric(device, precision)
     scores = Scoring(fabric, validation, prepared[1])
     network = _network(run, config, fabric)
